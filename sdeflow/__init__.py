@@ -1,0 +1,1 @@
+"""Solve and measure the differential equations of diffusion models."""

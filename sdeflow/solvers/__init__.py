@@ -1,0 +1,1 @@
+"""Solvers: native ones and the two foreign backends."""
