@@ -1,1 +1,60 @@
-"""Solve and measure the differential equations of diffusion models."""
+"""Solve and measure the differential equations of diffusion models.
+
+process → prediction → equation → solver → solution; see docs/index.md.
+"""
+
+from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric
+from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
+from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
+from sdeflow.grids import Discrete, InChart, Karras, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
+from sdeflow.predictions import DataPrediction, EDMPrediction, FlowPrediction, NoisePrediction, Prediction, ScorePrediction, VPrediction
+from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, Process, RectifiedFlow, SubVP
+from sdeflow.random import sample_seeds
+from sdeflow.solution import Solution, Status
+from sdeflow.solve import solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "CosineVP",
+    "DataPrediction",
+    "Discrete",
+    "DiscreteVP",
+    "EDMPrediction",
+    "Equation",
+    "FlowPrediction",
+    "ForwardSDE",
+    "InChart",
+    "InvalidInput",
+    "Karras",
+    "LogSNR",
+    "MissingDependency",
+    "Nodes",
+    "NoisePrediction",
+    "PlainTime",
+    "Power",
+    "Prediction",
+    "ProbabilityFlowODE",
+    "Process",
+    "Quadratic",
+    "RectifiedFlow",
+    "ReverseSDE",
+    "SNRTime",
+    "ScorePrediction",
+    "SdeflowError",
+    "Solution",
+    "SolveFailed",
+    "Status",
+    "StraightLine",
+    "SubVP",
+    "Trigonometric",
+    "UniformLogSNR",
+    "UniformTime",
+    "VP",
+    "VPrediction",
+    "sample_seeds",
+    "solve",
+]

@@ -1,0 +1,97 @@
+"""Counting network evaluations where they happen.
+
+One evaluation is one sample through the network once. Predictions record at the network call, a generic `Equation`
+records at its drift when nothing below it did; `solve` installs the counter and reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import InvalidInput
+
+
+class Counter:
+    """Calls and evaluations of one solve.
+
+    Whole-batch calls are kept as one Python integer, so that counting costs nothing on a device; only calls on part
+    of a batch (`restrict`) touch a tensor.
+
+    Attributes:
+        batch: number of samples of the solve.
+        calls: batched forward passes so far.
+        limit: calls allowed, or None; `record` raises `CallLimitReached` beyond it.
+        rows: indices (int64) of the samples now being evaluated, None for all of them.
+    """
+
+    def __init__(self, batch: int, device: torch.device | str = "cpu", limit: int | None = None):
+        self.batch = batch
+        self.calls = 0
+        self.limit = limit
+        self.rows: Tensor | None = None
+        self._whole = 0
+        self._partial = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def restrict(self, rows: Tensor | None) -> None:
+        """Say which samples the following calls evaluate: indices into the original batch, or None for all."""
+        self.rows = rows
+
+    def record(self, n: int) -> None:
+        """Count one forward pass over a batch of n rows: k·(samples in the batch), k > 1 when guidance stacks copies."""
+        if self.limit is not None and self.calls >= self.limit:
+            raise CallLimitReached(self.limit)
+        active = self.batch if self.rows is None else self.rows.shape[0]
+        copies, rest = divmod(n, active) if active else (0, n)
+        if rest or not copies:
+            raise InvalidInput(
+                f"the network was called with a batch of {n}, but the solve holds {active} samples; evaluations cannot be "
+                "attributed. Call the network with the whole batch, or with a whole number of copies of it"
+            )
+        self.calls += 1
+        if self.rows is None:
+            self._whole += copies
+        else:
+            self._partial.index_add_(0, self.rows, torch.full_like(self.rows, copies))
+
+    @property
+    def evaluations(self) -> Tensor:
+        """Evaluations of every sample so far, int64, shape (batch,)."""
+        return self._partial + self._whole
+
+
+class CallLimitReached(Exception):
+    """Internal signal: the solve used up its call budget. Backends turn it into a status."""
+
+    def __init__(self, limit: int):
+        super().__init__(f"the solve reached its limit of {limit} network calls")
+        self.limit = limit
+
+
+_counter: ContextVar[Counter | None] = ContextVar("sdeflow_counter", default=None)
+
+
+@contextmanager
+def counting(counter: Counter) -> Iterator[Counter]:
+    """Make `counter` the one that records, until the block ends; blocks nest, the innermost records."""
+    token = _counter.set(counter)
+    try:
+        yield counter
+    finally:
+        _counter.reset(token)
+
+
+def current() -> Counter | None:
+    """The counter now recording, if any."""
+    return _counter.get()
+
+
+def record(n: int) -> None:
+    """Count one forward pass over n rows on the counter now recording; without one, do nothing."""
+    counter = _counter.get()
+    if counter is not None:
+        counter.record(n)

@@ -1,0 +1,173 @@
+"""Ordinary and stochastic differential equations: dx = drift(t, x) dt + diffusion(t, x) dw.
+
+`drift` and `diffusion` are all that generic solvers see. Diffusion equations also show their `process` and `predict`, which solvers
+with an exact linear part need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from sdeflow import counting
+from sdeflow.charts import BoundChart, Chart, PlainTime
+from sdeflow.errors import InvalidInput
+from sdeflow.predictions import Prediction
+from sdeflow.processes import Process, Time, as_time, expand
+
+Noise = Literal["none", "additive", "diagonal", "scalar", "general"]
+NOISES: tuple[Noise, ...] = ("none", "additive", "diagonal", "scalar", "general")
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+class Equation:
+    """An ODE or SDE of the user's own: dx = drift(t, x) dt + diffusion(t, x) dw.
+
+    Args:
+        drift: drift(t, x), x (batch, *event), t a 0-d or (batch,) float64 tensor; returns x's shape.
+        diffusion: diffusion(t, x), or None for an ODE. What it returns depends on `noise`.
+        noise: "diagonal": each element has its own Brownian motion, diffusion broadcasts against x and may depend on it; "additive": the
+            same, but independent of x; "scalar": one Brownian motion a sample, diffusion shaped as x; "general": (batch, d, m) for
+            flattened states (batch, d) and m Brownian motions.
+        start, stop: the interval `solve` uses when none is given; either order.
+        calculus: "ito" or "stratonovich".
+
+    One evaluation is one call of `drift`, or, where the drift calls predictions, what those count.
+
+    Example:
+        >>> bank = Equation(lambda t, x: 0.04 * x)
+        >>> noise = Equation(lambda t, x: -x, lambda t, x: 0.5, noise="additive")
+    """
+
+    process: Process | None = None
+    predict: Prediction | None = None
+    eta: float = 0.0
+
+    def __init__(
+        self,
+        drift: Field,
+        diffusion: Callable[[Tensor, Tensor], Tensor | float] | None = None,
+        noise: Noise = "diagonal",
+        start: float | None = None,
+        stop: float | None = None,
+        calculus: Literal["ito", "stratonovich"] = "ito",
+    ):
+        if not callable(drift) or not (diffusion is None or callable(diffusion)):
+            raise InvalidInput("drift and diffusion must be functions of (t, x); write sf.Equation(lambda t, x: 0.04 * x)")
+        if noise not in NOISES or (noise == "none") != (diffusion is None and noise == "none"):
+            raise InvalidInput(f"noise must be one of {', '.join(NOISES[1:])} for an equation with a diffusion; got {noise!r}")
+        if calculus not in ("ito", "stratonovich"):
+            raise InvalidInput(f'calculus must be "ito" or "stratonovich"; got {calculus!r}')
+        self._drift, self._diffusion = drift, diffusion
+        self.noise: Noise = "none" if diffusion is None else noise
+        self.start, self.stop, self.calculus = start, stop, calculus
+
+    def __repr__(self) -> str:
+        return f"Equation({'ODE' if self.noise == 'none' else f'{self.noise} noise'})"
+
+    @property
+    def stochastic(self) -> bool:
+        """True for an SDE."""
+        return self.noise != "none"
+
+    def drift(self, t: Time, x: Tensor) -> Tensor:
+        """drift(t, x), shaped as x (batch, *event); counted as one evaluation a sample unless predictions inside counted.
+
+        Raises:
+            InvalidInput: the function returned another shape than x's.
+        """
+        counter = counting.current()
+        before = counter.calls if counter else 0
+        value = self._drift(as_time(t, x.device), x)
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InvalidInput(f"drift(t, x) returned {got} for a state of shape {tuple(x.shape)}; it must return a tensor of the state's shape")
+        if counter and counter.calls == before:
+            counter.record(x.shape[0])
+        return value
+
+    def diffusion(self, t: Time, x: Tensor) -> Tensor:
+        """diffusion(t, x) in x's dtype: broadcastable to x, or (batch, d, m) for general noise; zeros (0-d) for an ODE."""
+        if self._diffusion is None:
+            return x.new_zeros(())
+        value = self._diffusion(as_time(t, x.device), x)
+        return value if isinstance(value, Tensor) else x.new_tensor(value)
+
+
+class _DiffusionEquation(Equation):
+    """An equation of a diffusion process, written in the process's own time."""
+
+    def __init__(self, process: Process, predict: Prediction | None, noise: Noise, start: float, stop: float):
+        self.process, self.predict = process, predict
+        self.noise, self.calculus = noise, "ito"
+        self.start, self.stop = start, stop
+
+    def chart(self, chart: Chart) -> BoundChart:
+        """`chart` bound to this equation's process."""
+        assert self.process is not None
+        return chart.bind(self.process)
+
+
+class ForwardSDE(_DiffusionEquation):
+    """dx = f x dt + g dw, from t_min to t_max by default. No network."""
+
+    def __init__(self, process: Process):
+        if not isinstance(process, Process):
+            raise InvalidInput(f"ForwardSDE needs a process; got {type(process).__name__}. Write sf.ForwardSDE(sf.VP())")
+        super().__init__(process, None, "additive", process.t_min, process.t_max)
+        self._process = process
+        self.eta = 1.0
+
+    def __repr__(self) -> str:
+        return f"ForwardSDE({self._process!r})"
+
+    def drift(self, t: Time, x: Tensor) -> Tensor:
+        """f(t) x."""
+        return expand(self._process.f(as_time(t, x.device)), x) * x
+
+    def diffusion(self, t: Time, x: Tensor) -> Tensor:
+        """g(t), broadcastable to x."""
+        return expand(self._process.g(as_time(t, x.device)), x)
+
+
+class ReverseSDE(_DiffusionEquation):
+    """dx = [f x − (1+η²)/2 · g² s] dt + η g dw̄, solved from t_max down to t_min by default.
+
+    η = 0 is the probability-flow ODE, η = 1 the reverse SDE of Anderson 1982; every η ≥ 0 keeps the marginals under the exact score.
+    η² is the `eta` of k-diffusion's SDE samplers; DDIM's η multiplies the posterior standard deviation instead.
+    """
+
+    def __init__(self, predict: Prediction, eta: float = 1.0):
+        if not isinstance(predict, Prediction):
+            raise InvalidInput(
+                f"{type(self).__name__} needs a prediction; got {type(predict).__name__}. Write sf.{type(self).__name__}(sf.NoisePrediction(network, process))"
+            )
+        if not (math.isfinite(eta) and eta >= 0):
+            raise InvalidInput(f"eta must be finite and ≥ 0; got {eta}")
+        process = predict.process
+        super().__init__(process, predict, "additive" if eta > 0 else "none", process.t_max, process.t_min)
+        self._bound, self._predict, self.eta = PlainTime().bind(process), predict, float(eta)
+
+    def __repr__(self) -> str:
+        return f"ReverseSDE({self._predict!r}, eta={self.eta:g})"
+
+    def drift(self, t: Time, x: Tensor) -> Tensor:
+        """f x − (1+η²)/2 · g² s at (t, x), shaped as x; one network call."""
+        return self._bound.drift(self._predict, as_time(t, x.device), x, self.eta)
+
+    def diffusion(self, t: Time, x: Tensor) -> Tensor:
+        """η g(t), broadcastable to x."""
+        return expand(self._bound.diffusion(as_time(t, x.device), self.eta), x)
+
+
+class ProbabilityFlowODE(ReverseSDE):
+    """dx = [f x − ½ g² s] dt = (α̇D + σ̇ε̂) dt: the deterministic flow with the process's marginals (Song et al. 2021, eq. 13)."""
+
+    def __init__(self, predict: Prediction):
+        super().__init__(predict, eta=0.0)
+
+    def __repr__(self) -> str:
+        return f"ProbabilityFlowODE({self._predict!r})"

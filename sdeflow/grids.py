@@ -1,0 +1,206 @@
+"""Where the steps of a fixed-step solve lie.
+
+A grid gives `times(process, start, stop, steps)`: float64 (steps + 1,), on the CPU, in the order of travel, `start` first and `stop`
+last, both exact.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sdeflow.charts import Chart, LogSNR, PlainTime, StraightLine
+from sdeflow.errors import InvalidInput
+from sdeflow.processes import Process
+
+
+class Grid(ABC):
+    """A rule for placing steps."""
+
+    def times(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        """The (steps + 1,) node times from start to stop.
+
+        Raises:
+            InvalidInput: steps < 1, the grid needs a process and the equation has none, or the nodes do not move strictly from start to stop.
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise InvalidInput(f"steps must be a positive integer (the number of steps, not of time points); got {steps!r}")
+        nodes = self.nodes(process, float(start), float(stop), steps).to("cpu", torch.float64).clone()
+        nodes[0], nodes[-1] = start, stop
+        check_nodes(nodes, f"{self!r}")
+        return nodes
+
+    @abstractmethod
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        """The nodes before the ends are made exact."""
+
+
+def check_nodes(nodes: Tensor, owner: str) -> None:
+    """Refuse nodes that are not finite or not strictly monotone."""
+    moves = nodes.diff()
+    if nodes.ndim != 1 or nodes.numel() < 2 or not bool(nodes.isfinite().all()) or not (bool((moves > 0).all()) or bool((moves < 0).all())):
+        shown = [round(v, 6) for v in nodes.flatten()[:6].tolist()]
+        raise InvalidInput(
+            f"{owner} gave times {shown}{'…' if nodes.numel() > 6 else ''} that do not move strictly one way from start to stop; "
+            "a grid needs at least two finite, strictly monotone times"
+        )
+
+
+def _need(process: Process | None, grid: Grid) -> Process:
+    if process is None:
+        raise InvalidInput(f"{grid!r} needs a diffusion process, and this equation has none; write grid=UniformTime()")
+    return process
+
+
+@dataclass(frozen=True)
+class InChart(Grid):
+    """Uniform in a chart's clock."""
+
+    chart: Chart = field(default_factory=StraightLine)
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        if process is None and isinstance(self.chart, PlainTime):
+            return torch.linspace(start, stop, steps + 1, dtype=torch.float64)
+        bound = self.chart.bind(_need(process, self))
+        first, last = bound.u(start).item(), bound.u(stop).item()
+        if not (abs(first) < float("inf") and abs(last) < float("inf")):
+            raise InvalidInput(f"{self!r}: the clock is infinite at start={start} or stop={stop} (α = 0 there); write grid=InChart(StraightLine())")
+        return bound.t(torch.linspace(first, last, steps + 1, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class UniformTime(Grid):
+    """Uniform in t."""
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        return torch.linspace(start, stop, steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class UniformLogSNR(Grid):
+    """Uniform in λ = log(α/σ). Where the interval reaches α = 0 the first step spans from there to `lowest`, the rest is uniform."""
+
+    lowest: float = -6.0
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        bound = LogSNR().bind(_need(process, self))
+        first, last = bound.u(start).item(), bound.u(stop).item()
+        if first == -float("inf") and steps > 1:
+            inner = bound.t(torch.linspace(self.lowest, last, steps, dtype=torch.float64))
+            return torch.cat([torch.tensor([start], dtype=torch.float64), inner])
+        if last == -float("inf") and steps > 1:
+            inner = bound.t(torch.linspace(first, self.lowest, steps, dtype=torch.float64))
+            return torch.cat([inner, torch.tensor([stop], dtype=torch.float64)])
+        return bound.t(torch.linspace(first, last, steps + 1, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Karras(Grid):
+    """Uniform in (σ/α)^{1/rho}. Karras et al. 2022, eq. 5; rho = 7."""
+
+    rho: float = 7.0
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        process = _need(process, self)
+        first, last = (process.rho(t).item() ** (1.0 / self.rho) for t in (start, stop))
+        if max(first, last) == float("inf"):
+            raise InvalidInput(f"{self!r}: σ/α is infinite at start={start} or stop={stop} (α = 0 there); write grid=InChart(StraightLine())")
+        return process.time_of_rho(torch.linspace(first, last, steps + 1, dtype=torch.float64) ** self.rho)
+
+
+@dataclass(frozen=True)
+class Power(Grid):
+    """Uniform in t^{1/power}; power = 2 is the quadratic grid of DDIM and DEIS."""
+
+    power: float = 2.0
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        if min(start, stop) < 0:
+            raise InvalidInput(f"{self!r} needs times ≥ 0; got start={start}, stop={stop}")
+        return torch.linspace(start ** (1 / self.power), stop ** (1 / self.power), steps + 1, dtype=torch.float64) ** self.power
+
+
+@dataclass(frozen=True)
+class Quadratic(Power):
+    """Uniform in √t (Song et al. 2021, DDIM)."""
+
+    power: float = field(default=2.0, init=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes(Grid):
+    """The caller's own times, start first: a sequence or tensor (n + 1,). `steps` must be left out or be n."""
+
+    values: Sequence[float] | Tensor
+
+    def __post_init__(self) -> None:
+        values = torch.as_tensor(self.values, dtype=torch.float64).detach().cpu()
+        check_nodes(values, "Nodes")
+        object.__setattr__(self, "values", tuple(values.tolist()))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.values) - 1
+
+    def times(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        nodes = self.nodes(process, start, stop, steps)
+        tolerance = 1e-9 * max(1.0, abs(start), abs(stop))
+        if abs(nodes[0].item() - start) > tolerance or abs(nodes[-1].item() - stop) > tolerance:
+            raise InvalidInput(
+                f"the grid runs from {nodes[0].item():g} to {nodes[-1].item():g} but the solve from {start:g} to {stop:g}; "
+                f"write solve(..., start={nodes[0].item():g}, stop={nodes[-1].item():g})"
+            )
+        return super().times(process, start, stop, steps)
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        if steps != self.steps:
+            raise InvalidInput(f"the grid has {self.steps} steps, but steps={steps} was given; leave steps out")
+        return torch.tensor(self.values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Discrete(Grid):
+    """Integer times of a model with n training steps, as discrete-time samplers space them, then `stop`.
+
+    "leading": 0, n//steps, 2(n//steps), …; "trailing": n−1, n−1−n/steps, …; "linspace": `steps` values from 0 to n − 1. The first node is the
+    largest of them, which for "leading" is below t_max: start the solve there (`Discrete(...).start(steps)`).
+    """
+
+    n: int = 1000
+    spacing: str = "trailing"
+
+    def __post_init__(self) -> None:
+        if self.spacing not in ("leading", "trailing", "linspace"):
+            raise InvalidInput(f'spacing must be "leading", "trailing" or "linspace"; got {self.spacing!r}')
+
+    def indices(self, steps: int) -> Tensor:
+        """The `steps` integer times, largest first, float64."""
+        if not 1 <= steps <= self.n:
+            raise InvalidInput(f"{self!r} holds between 1 and {self.n} steps; got {steps}")
+        if self.spacing == "leading":
+            k = torch.arange(steps, dtype=torch.float64) * (self.n // steps)
+        elif self.spacing == "trailing":
+            k = (self.n - torch.arange(steps, dtype=torch.float64) * (self.n / steps)).round() - 1
+            return k
+        else:
+            k = torch.linspace(0, self.n - 1, steps, dtype=torch.float64).round()
+        return k.flip(0)
+
+    def start(self, steps: int) -> float:
+        """The largest of the integer times."""
+        return self.indices(steps)[0].item()
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        inner = self.indices(steps)
+        if inner[-1].item() <= stop:  # the last integer is the end itself: its step would be empty
+            inner = self.indices(steps + 1)[:-1] if steps < self.n else inner[:-1]
+        if abs(inner[0].item() - start) > 1e-9:
+            raise InvalidInput(
+                f"{self!r} with {steps} steps starts at t={inner[0].item():g}, the solve at {start:g}; write solve(..., start={inner[0].item():g})"
+            )
+        return torch.cat([inner, torch.tensor([stop], dtype=torch.float64)])

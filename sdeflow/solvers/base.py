@@ -1,0 +1,203 @@
+"""What a solver is, and the native loop over a fixed grid."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from sdeflow.counting import Counter
+from sdeflow.equations import Equation
+from sdeflow.errors import InvalidInput
+from sdeflow.grids import Grid, Nodes, UniformTime
+from sdeflow.solution import Status
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a solver claims; the contract tests prove it and the docs table prints it.
+
+    Attributes:
+        name: the method's usual name.
+        order: global order on ODEs, None if it solves none.
+        strong: strong order on the noise it accepts, None if none is claimed.
+        weak: weak order, likewise.
+        evaluations: network evaluations a step (asymptotically), None if it depends on the run.
+        adaptive: whether it chooses its own steps.
+        noise: equation noises it accepts: "none", "additive", "diagonal", "scalar", "general".
+        face: "drift" for any equation, "diffusion" when it needs the equation's process and predict.
+        reference: where the method is from.
+    """
+
+    name: str
+    order: float | None
+    strong: float | None
+    weak: float | None
+    evaluations: float | None
+    adaptive: bool
+    noise: tuple[str, ...]
+    face: Literal["drift", "diffusion"]
+    reference: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One solve, checked: what a solver gets.
+
+    Attributes:
+        equation: the equation.
+        x: start states, (batch, *event).
+        start, stop: times; either order.
+        save_at: output times in order of travel, float64 on the CPU, or None for the end alone.
+        seeds: per-sample seeds, int64 (batch,), for stochastic equations; else None.
+        path: a Brownian path to use instead of seeds, or None.
+        gradients: whether the graph is kept.
+        counter: counts evaluations; restrict it when samples leave the batch.
+        progress: called with the fraction of the interval done, or None.
+    """
+
+    equation: Equation
+    x: Tensor
+    start: float
+    stop: float
+    save_at: Tensor | None
+    seeds: Tensor | None
+    path: Any
+    gradients: bool
+    counter: Counter
+    progress: Callable[[float], None] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return self.x.shape[0]
+
+    def constant(self, value: int) -> Tensor:
+        """An int64 (batch,) tensor of one value on the state's device."""
+        return torch.full((self.batch,), value, dtype=torch.int64, device=self.x.device)
+
+
+@dataclass
+class Outcome:
+    """What a solver gives back; see `Solution` for the meanings."""
+
+    x: Tensor
+    status: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    states: Tensor | None = None
+    error_estimate: Tensor | None = None
+    dense: Callable[[float | Tensor], Tensor] | None = None
+
+
+class Solver(ABC):
+    """A frozen dataclass whose fields are its settings."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What the method claims with these settings."""
+
+    @abstractmethod
+    def integrate(self, task: Task) -> Outcome:
+        """Run the method."""
+
+    def check(self, task: Task) -> None:
+        """Refuse what the method cannot solve.
+
+        Raises:
+            InvalidInput: the equation lacks the face or has noise the method does not accept.
+        """
+        facts, equation = self.facts, task.equation
+        if facts.face == "diffusion" and (equation.process is None or equation.predict is None):
+            raise InvalidInput(
+                f"{facts.name} needs the process and prediction of a diffusion equation, and {equation!r} has only a drift; "
+                'write sf.ProbabilityFlowODE(predict), or take a generic solver such as sf.RungeKutta("rk4", steps=...)'
+            )
+        if equation.noise not in facts.noise:
+            have = ", ".join("ODEs" if n == "none" else f"{n} noise" for n in facts.noise)
+            what = "an ODE" if equation.noise == "none" else f"{equation.noise} noise"
+            raise InvalidInput(f"{facts.name} solves {have}; {equation!r} is {what}. `sdeflow solvers` lists what each solver accepts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedStep(Solver):
+    """A method on a grid fixed beforehand, the same for all samples.
+
+    A method is `init` and `step`; this class holds the loop. Give `steps`, with `grid` a rule for placing them, or give `grid` as the
+    times themselves. Output times (`save_at`) that are no nodes are made nodes, so they are as accurate as the end.
+    """
+
+    steps: int | None = None
+    grid: Grid | Tensor | list[float] | tuple[float, ...] | None = None
+    default_grid: ClassVar[Grid] = UniformTime()
+
+    def __post_init__(self) -> None:
+        grid = self.grid
+        if grid is not None and not isinstance(grid, Grid):
+            grid = Nodes(grid)
+            object.__setattr__(self, "grid", grid)
+        if isinstance(grid, Nodes) and self.steps is None:
+            object.__setattr__(self, "steps", grid.steps)
+        if self.steps is None:
+            raise InvalidInput(f"{type(self).__name__} needs steps=<number of steps>, or grid=<tensor of times>; neither was given")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InvalidInput(f"steps must be a positive integer (steps, not time points); got {self.steps!r}")
+
+    def times(self, task: Task) -> Tensor:
+        """The nodes of this solve: float64 on the CPU, start first, save_at merged in."""
+        grid = self.grid if isinstance(self.grid, Grid) else self.default_grid
+        assert self.steps is not None
+        times = grid.times(task.equation.process, task.start, task.stop, self.steps)
+        return times if task.save_at is None else merge(times, task.save_at)
+
+    @abstractmethod
+    def init(self, task: Task, times: Tensor) -> Any:
+        """Whatever the steps need: coefficients for the whole grid, an empty history."""
+
+    @abstractmethod
+    def step(self, task: Task, state: Any, n: int, x: Tensor) -> tuple[Tensor, Any]:
+        """From times[n] to times[n + 1]: (x, state)."""
+
+    def integrate(self, task: Task) -> Outcome:
+        times = self.times(task)
+        total = times.numel() - 1
+        wanted = output_nodes(times, task.save_at)
+        state, x, kept = self.init(task, times), task.x, {}
+        if 0 in wanted:
+            kept[0] = x
+        for n in range(total):
+            x, state = self.step(task, state, n, x)
+            if n + 1 in wanted:
+                kept[n + 1] = x
+            if task.progress is not None:
+                task.progress((n + 1) / total)
+        finite = finite_rows(x)
+        status = torch.where(finite, task.constant(Status.SUCCESS), task.constant(Status.NON_FINITE))
+        states = torch.stack([kept[n] for n in wanted]) if task.save_at is not None else None
+        return Outcome(x=x, states=states, status=status, accepted=task.constant(total), rejected=task.constant(0))
+
+
+def merge(times: Tensor, extra: Tensor) -> Tensor:
+    """Nodes with the extra times among them, in order of travel; an extra time next to a node (1e-12 of the span) replaces it."""
+    span = (times[-1] - times[0]).abs()
+    far = (times[:, None] - extra[None, :]).abs().amin(1) > 1e-12 * span
+    far[0], far[-1] = True, True
+    inner = (extra - times[0]).abs().minimum((extra - times[-1]).abs()) > 1e-12 * span
+    return torch.cat([times[far], extra[inner]]).sort(descending=bool(times[0] > times[-1])).values
+
+
+def output_nodes(times: Tensor, save_at: Tensor | None) -> list[int]:
+    """For every output time the index of its node."""
+    if save_at is None:
+        return []
+    return (times[:, None] - save_at[None, :]).abs().argmin(0).tolist()
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """True for every sample whose elements are all finite, (batch,) bool."""
+    return x.isfinite().flatten(1).all(1)
