@@ -7,7 +7,15 @@ from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometr
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
 from sdeflow.grids import Discrete, InChart, Karras, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
-from sdeflow.predictions import DataPrediction, EDMPrediction, FlowPrediction, NoisePrediction, Prediction, ScorePrediction, VPrediction
+from sdeflow.predictions import (
+    DataPrediction,
+    EDMPrediction,
+    FlowPrediction,
+    NoisePrediction,
+    Prediction,
+    ScorePrediction,
+    VPrediction,
+)
 from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, Process, RectifiedFlow, SubVP
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
@@ -53,7 +61,6 @@ __all__ = [
     "Trigonometric",
     "UniformLogSNR",
     "UniformTime",
-    "VP",
     "VPrediction",
     "sample_seeds",
     "solve",

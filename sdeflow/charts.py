@@ -97,7 +97,9 @@ class BoundChart:
 
 def _check_scale(c: float) -> None:
     if not (math.isfinite(c) and c > 0):
-        raise InvalidInput(f"the chart's data scale c must be positive and finite; got {c}. Write e.g. StraightLine(c=0.5)")
+        raise InvalidInput(
+            f"the chart's data scale c must be positive and finite; got {c}. Write e.g. StraightLine(c=0.5)"
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ class LogSNR(Chart):
 class SNRTime(Chart):
     """u = e^{2λ} = α²/σ², z = αx/σ²: A = u, S = √u. The reverse SDE (η = 1) of every process is dz = D du + dw.
 
-    Stochastic localisation (El Alaoui & Montanari 2022). Regular at α = 0, where z = 0. u spans many decades: choose the
+    Stochastic localisation (El Alaoui & Montanari 2022). Regular at α = 0, where z = 0. u spans many decades: choose
+    the
     grid in another clock.
     """
 

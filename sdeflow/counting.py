@@ -42,14 +42,16 @@ class Counter:
         self.rows = rows
 
     def record(self, n: int) -> None:
-        """Count one forward pass over a batch of n rows: k·(samples in the batch), k > 1 when guidance stacks copies."""
+        """Count one forward pass over a batch of n rows: k·(samples in the batch), k > 1 when guidance stacks "
+        "copies."""
         if self.limit is not None and self.calls >= self.limit:
             raise CallLimitReached(self.limit)
         active = self.batch if self.rows is None else self.rows.shape[0]
         copies, rest = divmod(n, active) if active else (0, n)
         if rest or not copies:
             raise InvalidInput(
-                f"the network was called with a batch of {n}, but the solve holds {active} samples; evaluations cannot be "
+                f"the network was called with a batch of {n}, but the solve holds {active} samples; evaluations "
+                "cannot be "
                 "attributed. Call the network with the whole batch, or with a whole number of copies of it"
             )
         self.calls += 1

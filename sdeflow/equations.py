@@ -1,6 +1,7 @@
 """Ordinary and stochastic differential equations: dx = drift(t, x) dt + diffusion(t, x) dw.
 
-`drift` and `diffusion` are all that generic solvers see. Diffusion equations also show their `process` and `predict`, which solvers
+`drift` and `diffusion` are all that generic solvers see. Diffusion equations also show their `process` and `predict`,
+which solvers
 with an exact linear part need.
 """
 
@@ -29,8 +30,10 @@ class Equation:
     Args:
         drift: drift(t, x), x (batch, *event), t a 0-d or (batch,) float64 tensor; returns x's shape.
         diffusion: diffusion(t, x), or None for an ODE. What it returns depends on `noise`.
-        noise: "diagonal": each element has its own Brownian motion, diffusion broadcasts against x and may depend on it; "additive": the
-            same, but independent of x; "scalar": one Brownian motion a sample, diffusion shaped as x; "general": (batch, d, m) for
+        noise: "diagonal": each element has its own Brownian motion, diffusion broadcasts against x and may depend on
+            it; "additive": the
+            same, but independent of x; "scalar": one Brownian motion a sample, diffusion shaped as x; "general":
+            (batch, d, m) for
             flattened states (batch, d) and m Brownian motions.
         start, stop: the interval `solve` uses when none is given; either order.
         calculus: "ito" or "stratonovich".
@@ -56,9 +59,13 @@ class Equation:
         calculus: Literal["ito", "stratonovich"] = "ito",
     ):
         if not callable(drift) or not (diffusion is None or callable(diffusion)):
-            raise InvalidInput("drift and diffusion must be functions of (t, x); write sf.Equation(lambda t, x: 0.04 * x)")
+            raise InvalidInput(
+                "drift and diffusion must be functions of (t, x); write sf.Equation(lambda t, x: 0.04 * x)"
+            )
         if noise not in NOISES or (noise == "none") != (diffusion is None and noise == "none"):
-            raise InvalidInput(f"noise must be one of {', '.join(NOISES[1:])} for an equation with a diffusion; got {noise!r}")
+            raise InvalidInput(
+                f"noise must be one of {', '.join(NOISES[1:])} for an equation with a diffusion; got {noise!r}"
+            )
         if calculus not in ("ito", "stratonovich"):
             raise InvalidInput(f'calculus must be "ito" or "stratonovich"; got {calculus!r}')
         self._drift, self._diffusion = drift, diffusion
@@ -74,7 +81,8 @@ class Equation:
         return self.noise != "none"
 
     def drift(self, t: Time, x: Tensor) -> Tensor:
-        """drift(t, x), shaped as x (batch, *event); counted as one evaluation a sample unless predictions inside counted.
+        """drift(t, x), shaped as x (batch, *event); counted as one evaluation a sample unless predictions inside
+        counted.
 
         Raises:
             InvalidInput: the function returned another shape than x's.
@@ -84,13 +92,17 @@ class Equation:
         value = self._drift(as_time(t, x.device), x)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidInput(f"drift(t, x) returned {got} for a state of shape {tuple(x.shape)}; it must return a tensor of the state's shape")
+            raise InvalidInput(
+                f"drift(t, x) returned {got} for a state of shape {tuple(x.shape)}; it must return a tensor of the "
+                "state's shape"
+            )
         if counter and counter.calls == before:
             counter.record(x.shape[0])
         return value
 
     def diffusion(self, t: Time, x: Tensor) -> Tensor:
-        """diffusion(t, x) in x's dtype: broadcastable to x, or (batch, d, m) for general noise; zeros (0-d) for an ODE."""
+        """diffusion(t, x) in x's dtype: broadcastable to x, or (batch, d, m) for general noise; zeros (0-d) for an "
+        "ODE."""
         if self._diffusion is None:
             return x.new_zeros(())
         value = self._diffusion(as_time(t, x.device), x)
@@ -116,7 +128,9 @@ class ForwardSDE(_DiffusionEquation):
 
     def __init__(self, process: Process):
         if not isinstance(process, Process):
-            raise InvalidInput(f"ForwardSDE needs a process; got {type(process).__name__}. Write sf.ForwardSDE(sf.VP())")
+            raise InvalidInput(
+                f"ForwardSDE needs a process; got {type(process).__name__}. Write sf.ForwardSDE(sf.VP())"
+            )
         super().__init__(process, None, "additive", process.t_min, process.t_max)
         self._process = process
         self.eta = 1.0
@@ -136,14 +150,16 @@ class ForwardSDE(_DiffusionEquation):
 class ReverseSDE(_DiffusionEquation):
     """dx = [f x − (1+η²)/2 · g² s] dt + η g dw̄, solved from t_max down to t_min by default.
 
-    η = 0 is the probability-flow ODE, η = 1 the reverse SDE of Anderson 1982; every η ≥ 0 keeps the marginals under the exact score.
+    η = 0 is the probability-flow ODE, η = 1 the reverse SDE of Anderson 1982; every η ≥ 0 keeps the marginals under the
+    exact score.
     η² is the `eta` of k-diffusion's SDE samplers; DDIM's η multiplies the posterior standard deviation instead.
     """
 
     def __init__(self, predict: Prediction, eta: float = 1.0):
         if not isinstance(predict, Prediction):
             raise InvalidInput(
-                f"{type(self).__name__} needs a prediction; got {type(predict).__name__}. Write sf.{type(self).__name__}(sf.NoisePrediction(network, process))"
+                f"{type(self).__name__} needs a prediction; got {type(predict).__name__}. Write "
+                f"sf.{type(self).__name__}(sf.NoisePrediction(network, process))"
             )
         if not (math.isfinite(eta) and eta >= 0):
             raise InvalidInput(f"eta must be finite and ≥ 0; got {eta}")
@@ -164,7 +180,8 @@ class ReverseSDE(_DiffusionEquation):
 
 
 class ProbabilityFlowODE(ReverseSDE):
-    """dx = [f x − ½ g² s] dt = (α̇D + σ̇ε̂) dt: the deterministic flow with the process's marginals (Song et al. 2021, eq. 13)."""
+    """dx = [f x − ½ g² s] dt = (α̇D + σ̇ε̂) dt: the deterministic flow with the process's marginals (Song et al. "
+    "2021, eq. 13)."""
 
     def __init__(self, predict: Prediction):
         super().__init__(predict, eta=0.0)

@@ -1,6 +1,7 @@
 """Where the steps of a fixed-step solve lie.
 
-A grid gives `times(process, start, stop, steps)`: float64 (steps + 1,), on the CPU, in the order of travel, `start` first and `stop`
+A grid gives `times(process, start, stop, steps)`: float64 (steps + 1,), on the CPU, in the order of travel, `start`
+first and `stop`
 last, both exact.
 """
 
@@ -25,10 +26,13 @@ class Grid(ABC):
         """The (steps + 1,) node times from start to stop.
 
         Raises:
-            InvalidInput: steps < 1, the grid needs a process and the equation has none, or the nodes do not move strictly from start to stop.
+            InvalidInput: steps < 1, the grid needs a process and the equation has none, or the nodes do not move
+                strictly from start to stop.
         """
         if not isinstance(steps, int) or steps < 1:
-            raise InvalidInput(f"steps must be a positive integer (the number of steps, not of time points); got {steps!r}")
+            raise InvalidInput(
+                f"steps must be a positive integer (the number of steps, not of time points); got {steps!r}"
+            )
         nodes = self.nodes(process, float(start), float(stop), steps).to("cpu", torch.float64).clone()
         nodes[0], nodes[-1] = start, stop
         check_nodes(nodes, f"{self!r}")
@@ -42,10 +46,16 @@ class Grid(ABC):
 def check_nodes(nodes: Tensor, owner: str) -> None:
     """Refuse nodes that are not finite or not strictly monotone."""
     moves = nodes.diff()
-    if nodes.ndim != 1 or nodes.numel() < 2 or not bool(nodes.isfinite().all()) or not (bool((moves > 0).all()) or bool((moves < 0).all())):
+    if (
+        nodes.ndim != 1
+        or nodes.numel() < 2
+        or not bool(nodes.isfinite().all())
+        or not (bool((moves > 0).all()) or bool((moves < 0).all()))
+    ):
         shown = [round(v, 6) for v in nodes.flatten()[:6].tolist()]
         raise InvalidInput(
-            f"{owner} gave times {shown}{'…' if nodes.numel() > 6 else ''} that do not move strictly one way from start to stop; "
+            f"{owner} gave times {shown}{'…' if nodes.numel() > 6 else ''} that do not move strictly one way from "
+            "start to stop; "
             "a grid needs at least two finite, strictly monotone times"
         )
 
@@ -68,7 +78,10 @@ class InChart(Grid):
         bound = self.chart.bind(_need(process, self))
         first, last = bound.u(start).item(), bound.u(stop).item()
         if not (abs(first) < float("inf") and abs(last) < float("inf")):
-            raise InvalidInput(f"{self!r}: the clock is infinite at start={start} or stop={stop} (α = 0 there); write grid=InChart(StraightLine())")
+            raise InvalidInput(
+                f"{self!r}: the clock is infinite at start={start} or stop={stop} (α = 0 there); write "
+                "grid=InChart(StraightLine())"
+            )
         return bound.t(torch.linspace(first, last, steps + 1, dtype=torch.float64))
 
 
@@ -82,7 +95,8 @@ class UniformTime(Grid):
 
 @dataclass(frozen=True)
 class UniformLogSNR(Grid):
-    """Uniform in λ = log(α/σ). Where the interval reaches α = 0 the first step spans from there to `lowest`, the rest is uniform."""
+    """Uniform in λ = log(α/σ). Where the interval reaches α = 0 the first step spans from there to `lowest`, the "
+    "rest is uniform."""
 
     lowest: float = -6.0
 
@@ -108,7 +122,10 @@ class Karras(Grid):
         process = _need(process, self)
         first, last = (process.rho(t).item() ** (1.0 / self.rho) for t in (start, stop))
         if max(first, last) == float("inf"):
-            raise InvalidInput(f"{self!r}: σ/α is infinite at start={start} or stop={stop} (α = 0 there); write grid=InChart(StraightLine())")
+            raise InvalidInput(
+                f"{self!r}: σ/α is infinite at start={start} or stop={stop} (α = 0 there); write "
+                "grid=InChart(StraightLine())"
+            )
         return process.time_of_rho(torch.linspace(first, last, steps + 1, dtype=torch.float64) ** self.rho)
 
 
@@ -121,7 +138,10 @@ class Power(Grid):
     def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
         if min(start, stop) < 0:
             raise InvalidInput(f"{self!r} needs times ≥ 0; got start={start}, stop={stop}")
-        return torch.linspace(start ** (1 / self.power), stop ** (1 / self.power), steps + 1, dtype=torch.float64) ** self.power
+        return (
+            torch.linspace(start ** (1 / self.power), stop ** (1 / self.power), steps + 1, dtype=torch.float64)
+            ** self.power
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +172,8 @@ class Nodes(Grid):
         tolerance = 1e-9 * max(1.0, abs(start), abs(stop))
         if abs(nodes[0].item() - start) > tolerance or abs(nodes[-1].item() - stop) > tolerance:
             raise InvalidInput(
-                f"the grid runs from {nodes[0].item():g} to {nodes[-1].item():g} but the solve from {start:g} to {stop:g}; "
+                f"the grid runs from {nodes[0].item():g} to {nodes[-1].item():g} but the solve from {start:g} to "
+                f"{stop:g}; "
                 f"write solve(..., start={nodes[0].item():g}, stop={nodes[-1].item():g})"
             )
         return super().times(process, start, stop, steps)
@@ -167,7 +188,8 @@ class Nodes(Grid):
 class Discrete(Grid):
     """Integer times of a model with n training steps, as discrete-time samplers space them, then `stop`.
 
-    "leading": 0, n//steps, 2(n//steps), …; "trailing": n−1, n−1−n/steps, …; "linspace": `steps` values from 0 to n − 1. The first node is the
+    "leading": 0, n//steps, 2(n//steps), …; "trailing": n−1, n−1−n/steps, …; "linspace": `steps` values from 0 to n − 1.
+    The first node is the
     largest of them, which for "leading" is below t_max: start the solve there (`Discrete(...).start(steps)`).
     """
 
@@ -185,8 +207,7 @@ class Discrete(Grid):
         if self.spacing == "leading":
             k = torch.arange(steps, dtype=torch.float64) * (self.n // steps)
         elif self.spacing == "trailing":
-            k = (self.n - torch.arange(steps, dtype=torch.float64) * (self.n / steps)).round() - 1
-            return k
+            return (self.n - torch.arange(steps, dtype=torch.float64) * (self.n / steps)).round() - 1
         else:
             k = torch.linspace(0, self.n - 1, steps, dtype=torch.float64).round()
         return k.flip(0)
@@ -201,6 +222,7 @@ class Discrete(Grid):
             inner = self.indices(steps + 1)[:-1] if steps < self.n else inner[:-1]
         if abs(inner[0].item() - start) > 1e-9:
             raise InvalidInput(
-                f"{self!r} with {steps} steps starts at t={inner[0].item():g}, the solve at {start:g}; write solve(..., start={inner[0].item():g})"
+                f"{self!r} with {steps} steps starts at t={inner[0].item():g}, the solve at {start:g}; write "
+                f"solve(..., start={inner[0].item():g})"
             )
         return torch.cat([inner, torch.tensor([stop], dtype=torch.float64)])

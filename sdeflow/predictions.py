@@ -29,7 +29,8 @@ class Prediction(ABC):
         network: `network(x, t)` with x (batch, *event) and t (batch,); returns a tensor shaped as x.
         process: the forward process.
         time: maps t (float64, (batch,)) to what the network expects, e.g. `lambda t: 1000 * t`; default: t itself.
-        dtype: dtype the network computes in; default: that of a module's first floating parameter, else the state's. Output is cast back to the
+        dtype: dtype the network computes in; default: that of a module's first floating parameter, else the state's.
+            Output is cast back to the
             state's dtype; time is cast to the network's dtype but never below float32 (999 is no bfloat16 number).
 
     All methods take x (batch, *event) and t (a float, a 0-d or a (batch,) tensor), call the network once and count one
@@ -39,12 +40,19 @@ class Prediction(ABC):
         InvalidInput: the network returns something else than one tensor shaped as x.
     """
 
-    def __init__(self, network: Network, process: Process, time: Callable[[Tensor], Tensor] | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        network: Network,
+        process: Process,
+        time: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         if not callable(network):
             raise InvalidInput(f"network must be callable as network(x, t); got {type(network).__name__}")
         if not isinstance(process, Process):
             raise InvalidInput(
-                f"process must be a Process, e.g. sf.VP(); got {type(process).__name__}. Write {type(self).__name__}(network, sf.VP())"
+                f"process must be a Process, e.g. sf.VP(); got {type(process).__name__}. Write "
+                f"{type(self).__name__}(network, sf.VP())"
             )
         if dtype is not None and not dtype.is_floating_point:
             raise InvalidInput(f"dtype must be a floating dtype or None; got {dtype}")
@@ -75,7 +83,8 @@ class Prediction(ABC):
         return self.call(x, self.network_time(t.expand(x.shape[0])))
 
     def call(self, x: Tensor, network_time: Tensor) -> Tensor:
-        """The network at (scaled) x and its own time (batch,): casts, counts and checks; for solvers that prepared both."""
+        """The network at (scaled) x and its own time (batch,): casts, counts and checks; for solvers that prepared "
+        "both."""
         dtype = self.dtype or _module_dtype(self.network) or x.dtype
         if network_time.is_floating_point():
             network_time = network_time.to(dtype if dtype.itemsize >= 4 else torch.float32)
@@ -146,7 +155,8 @@ class ScorePrediction(Prediction):
 
 
 class VPrediction(Prediction):
-    """The network returns v = αε̂ − σD (Salimans & Ho 2022); for any process D = (αx − σv)/(α²+σ²), ε̂ = (σx + αv)/(α²+σ²)."""
+    """The network returns v = αε̂ − σD (Salimans & Ho 2022); for any process D = (αx − σv)/(α²+σ²), ε̂ = (σx + "
+    "αv)/(α²+σ²)."""
 
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
@@ -169,8 +179,8 @@ class FlowPrediction(Prediction):
 class EDMPrediction(Prediction):
     """The network is F of Karras et al. 2022, table 1: D = c_skip y + c_out F(c_in y, c_noise), y = x/α, ρ = σ/α.
 
-    c_skip = σ_d²/(ρ²+σ_d²), c_out = ρσ_d/√(ρ²+σ_d²), c_in = 1/√(ρ²+σ_d²); the network's time is c_noise = ln(ρ)/4 unless
-    `time` says otherwise.
+    c_skip = σ_d²/(ρ²+σ_d²), c_out = ρσ_d/√(ρ²+σ_d²), c_in = 1/√(ρ²+σ_d²); the network's time is c_noise = ln(ρ)/4
+    unless `time` says otherwise.
     """
 
     def __init__(
@@ -213,7 +223,8 @@ def _module_dtype(network: Network) -> torch.dtype | None:
 def _bad_output(output: Any, x: Tensor) -> str:
     if isinstance(output, Tensor):
         return (
-            f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; it must return the state's shape. "
+            f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; it must return "
+            "the state's shape. "
             "If it predicts a variance too, write lambda x, t: network(x, t)[:, :channels]"
         )
     hint = "lambda x, t: network(x, t).sample" if hasattr(output, "sample") else "lambda x, t: network(x, t)[0]"

@@ -1,4 +1,5 @@
-"""Counter-based random numbers keyed by one seed a sample (interim: SplitMix64; replaced by a published counter-based generator)."""
+"""Counter-based random numbers keyed by one seed a sample (interim: SplitMix64; replaced by a published "
+"counter-based generator)."""
 
 from __future__ import annotations
 
@@ -34,11 +35,21 @@ def sample_seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.d
         return _mix(_mix(torch.full_like(rows, _i64(seed))) + rows)
     seeds = torch.as_tensor(seed, device=device)
     if seeds.shape != (batch,) or seeds.is_floating_point():
-        raise InvalidInput(f"seed must be an integer or {batch} integers, one a sample; got shape {tuple(seeds.shape)} of {seeds.dtype}")
+        raise InvalidInput(
+            f"seed must be an integer or {batch} integers, one a sample; got shape {tuple(seeds.shape)} of "
+            f"{seeds.dtype}"
+        )
     return seeds.long()
 
 
-def uniform(seeds: Tensor, shape: Sequence[int], index: int | Tensor = 0, stream: int = 0, dtype: torch.dtype = torch.float64, device=None) -> Tensor:
+def uniform(
+    seeds: Tensor,
+    shape: Sequence[int],
+    index: int | Tensor = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device=None,
+) -> Tensor:
     """Uniforms in (0, 1), (batch, *shape)."""
     n = math.prod(shape)
     index = torch.as_tensor(index, dtype=torch.int64, device=seeds.device)
@@ -48,7 +59,12 @@ def uniform(seeds: Tensor, shape: Sequence[int], index: int | Tensor = 0, stream
 
 
 def standard_normal(
-    seeds: Tensor, shape: Sequence[int], index: int | Tensor = 0, stream: int = 0, dtype: torch.dtype = torch.float64, device=None
+    seeds: Tensor,
+    shape: Sequence[int],
+    index: int | Tensor = 0,
+    stream: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device=None,
 ) -> Tensor:
     """Standard normals, (batch, *shape)."""
     u = uniform(seeds, (2, *shape), index, stream)

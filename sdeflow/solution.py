@@ -60,7 +60,8 @@ class Solution:
         """State at time t inside the solved interval, (batch, *event), by the solver's own interpolant.
 
         Raises:
-            InvalidInput: the solver kept no interpolant; ask with `dense=True` where the solver offers it, else `save_at`.
+            InvalidInput: the solver kept no interpolant; ask with `dense=True` where the solver offers it, else
+                `save_at`.
         """
         if self.dense is None:
             raise InvalidInput(

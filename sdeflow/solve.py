@@ -38,7 +38,8 @@ def solve(
         x: start states (batch, *event), a floating tensor.
         start, stop: times, in either order; default: the equation's own (a reverse equation runs from t_max to t_min).
         save_at: output times between start and stop, in order of travel; default: the end alone.
-        seed: for SDEs: an integer (each sample derives its own from it and its row) or one seed a sample. Default 0. The noise of a
+        seed: for SDEs: an integer (each sample derives its own from it and its row) or one seed a sample. Default 0.
+            The noise of a
             sample depends on its seed alone, not on the rest of the batch.
         gradients: keep the graph, so that the result can be differentiated.
         on_failure: "raise" a `SolveFailed` carrying the partial solution when any sample fails, or "return" it.
@@ -80,15 +81,21 @@ def solve(
 
 def _task(equation, solver, x, start, stop, save_at, seed, gradients, on_failure, progress, path) -> Task:
     if not isinstance(equation, Equation):
-        raise InvalidInput(f"equation must be an Equation; got {type(equation).__name__}. Write sf.Equation(drift) or sf.ProbabilityFlowODE(predict)")
+        raise InvalidInput(
+            f"equation must be an Equation; got {type(equation).__name__}. Write sf.Equation(drift) or "
+            "sf.ProbabilityFlowODE(predict)"
+        )
     if not isinstance(solver, Solver):
-        raise InvalidInput(f'solver must be a solver object; got {solver!r}. Write e.g. sf.TorchDiffEq("dopri5", rtol=1e-5, atol=1e-5)')
+        raise InvalidInput(
+            f'solver must be a solver object; got {solver!r}. Write e.g. sf.TorchDiffEq("dopri5", rtol=1e-5, atol=1e-5)'
+        )
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InvalidInput(f"x must be a floating tensor of shape (batch, *event); got {given}. Write x.float()")
     if x.ndim < 2 or x.shape[0] == 0 or x[0].numel() == 0:
         raise InvalidInput(
-            f"x must have shape (batch, *event) with at least one sample and one element; got {tuple(x.shape)}. One sample: write x[None]"
+            f"x must have shape (batch, *event) with at least one sample and one element; got {tuple(x.shape)}. One "
+            "sample: write x[None]"
         )
     if on_failure not in ("raise", "return"):
         raise InvalidInput(f'on_failure must be "raise" or "return"; got {on_failure!r}')
@@ -128,7 +135,8 @@ def _interval(equation: Equation, start: float | None, stop: float | None) -> tu
         for name, value in (("start", start), ("stop", stop)):
             if not process.t_min - slack <= value <= process.t_max + slack:
                 raise InvalidInput(
-                    f"{name}={value} is outside [{process.t_min}, {process.t_max}], where {process!r} is defined; choose a time inside, "
+                    f"{name}={value} is outside [{process.t_min}, {process.t_max}], where {process!r} is defined; "
+                    "choose a time inside, "
                     f"or widen it: {type(process).__name__}(..., t_min=..., t_max=...)"
                 )
     return start, stop
@@ -139,9 +147,15 @@ def _outputs(save_at: Sequence[float] | Tensor | None, start: float, stop: float
         return None
     times = torch.as_tensor(save_at, dtype=torch.float64).detach().cpu()
     low, high, way = min(start, stop), max(start, stop), 1.0 if stop > start else -1.0
-    if times.ndim != 1 or times.numel() == 0 or not bool(((times >= low) & (times <= high)).all()) or not bool((times.diff() * way > 0).all()):
+    if (
+        times.ndim != 1
+        or times.numel() == 0
+        or not bool(((times >= low) & (times <= high)).all())
+        or not bool((times.diff() * way > 0).all())
+    ):
         raise InvalidInput(
-            f"save_at must list times between start={start} and stop={stop} in the order of travel, none twice; got {times.flatten()[:8].tolist()}"
+            f"save_at must list times between start={start} and stop={stop} in the order of travel, none twice; got "
+            f"{times.flatten()[:8].tolist()}"
         )
     return times
 
@@ -151,7 +165,10 @@ def _check_device(equation: Equation, x: Tensor) -> None:
     if isinstance(network, torch.nn.Module):
         parameter = next(network.parameters(), None)
         if parameter is not None and parameter.device != x.device:
-            raise InvalidInput(f"the network is on {parameter.device}, the state on {x.device}; write solve(..., x.to({str(parameter.device)!r}))")
+            raise InvalidInput(
+                f"the network is on {parameter.device}, the state on {x.device}; write solve(..., "
+                f"x.to({str(parameter.device)!r}))"
+            )
 
 
 def _bar(fraction: float) -> None:
@@ -163,6 +180,8 @@ def _failure(solution: Solution) -> str:
     failed = (~solution.success).nonzero().flatten()
     reasons = sorted({Status(int(code)).name for code in solution.status[failed]})
     return (
-        f"{failed.numel()} of {solution.status.numel()} samples did not reach the end ({', '.join(reasons)}; first failed row {int(failed[0])}); {solution.summary()}. "
-        'The partial solution is in this exception\'s .solution; write solve(..., on_failure="return") to get it without the exception'
+        f"{failed.numel()} of {solution.status.numel()} samples did not reach the end ({', '.join(reasons)}; first "
+        f"failed row {int(failed[0])}); {solution.summary()}. "
+        'The partial solution is in this exception\'s .solution; write solve(..., on_failure="return") to get it '
+        "without the exception"
     )

@@ -115,20 +115,24 @@ class Solver(ABC):
         facts, equation = self.facts, task.equation
         if facts.face == "diffusion" and (equation.process is None or equation.predict is None):
             raise InvalidInput(
-                f"{facts.name} needs the process and prediction of a diffusion equation, and {equation!r} has only a drift; "
+                f"{facts.name} needs the process and prediction of a diffusion equation, and {equation!r} has only a "
+                "drift; "
                 'write sf.ProbabilityFlowODE(predict), or take a generic solver such as sf.RungeKutta("rk4", steps=...)'
             )
         if equation.noise not in facts.noise:
             have = ", ".join("ODEs" if n == "none" else f"{n} noise" for n in facts.noise)
             what = "an ODE" if equation.noise == "none" else f"{equation.noise} noise"
-            raise InvalidInput(f"{facts.name} solves {have}; {equation!r} is {what}. `sdeflow solvers` lists what each solver accepts")
+            raise InvalidInput(
+                f"{facts.name} solves {have}; {equation!r} is {what}. `sdeflow solvers` lists what each solver accepts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedStep(Solver):
     """A method on a grid fixed beforehand, the same for all samples.
 
-    A method is `init` and `step`; this class holds the loop. Give `steps`, with `grid` a rule for placing them, or give `grid` as the
+    A method is `init` and `step`; this class holds the loop. Give `steps`, with `grid` a rule for placing them, or
+    give `grid` as the
     times themselves. Output times (`save_at`) that are no nodes are made nodes, so they are as accurate as the end.
     """
 
@@ -144,7 +148,9 @@ class FixedStep(Solver):
         if isinstance(grid, Nodes) and self.steps is None:
             object.__setattr__(self, "steps", grid.steps)
         if self.steps is None:
-            raise InvalidInput(f"{type(self).__name__} needs steps=<number of steps>, or grid=<tensor of times>; neither was given")
+            raise InvalidInput(
+                f"{type(self).__name__} needs steps=<number of steps>, or grid=<tensor of times>; neither was given"
+            )
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InvalidInput(f"steps must be a positive integer (steps, not time points); got {self.steps!r}")
 
@@ -183,7 +189,8 @@ class FixedStep(Solver):
 
 
 def merge(times: Tensor, extra: Tensor) -> Tensor:
-    """Nodes with the extra times among them, in order of travel; an extra time next to a node (1e-12 of the span) replaces it."""
+    """Nodes with the extra times among them, in order of travel; an extra time next to a node (1e-12 of the span) "
+    "replaces it."""
     span = (times[-1] - times[0]).abs()
     far = (times[:, None] - extra[None, :]).abs().amin(1) > 1e-12 * span
     far[0], far[-1] = True, True

@@ -1,0 +1,198 @@
+"""Gaussian diffusion processes: x_t = α(t) x_0 + σ(t) ε, data at the small end of t, noise at the large end.
+
+Any differentiable pair gives the forward SDE dx = f x dt + g dw with f = α̇/α and g² = (σ²)˙ − 2 f σ² = −2 σ² λ̇,
+λ = log(α/σ) the half log-SNR. Coefficients are float64 whatever the state is (float32 on devices without float64).
+
+Sources: Song et al. 2021 (VP, sub-VP, VE), Nichol & Dhariwal 2021 (cosine), Karras et al. 2022 (EDM),
+Liu et al. 2023 and Lipman et al. 2023 (rectified flow), Ho et al. 2020 (discrete tables).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import InvalidInput
+from sdeflow.random import sample_seeds, standard_normal
+
+Time = float | Tensor
+PRIOR_STREAM = 1
+"""Random stream of `Process.prior`, so that a solve with the same seed sees other numbers."""
+
+
+def as_time(t: Time, device: torch.device | None = None) -> Tensor:
+    """t as a floating tensor: float64, or float32 on devices that have no float64; integers are converted."""
+    device = t.device if isinstance(t, Tensor) and device is None else torch.device(device or "cpu")
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.as_tensor(t, dtype=dtype, device=device)
+
+
+class Process:
+    """A process of the user's own: x_t = α(t) x_0 + σ(t) ε, derivatives by autograd, inverse by safeguarded Newton.
+
+    Args:
+        alpha: α(t), a function of a float64 tensor, differentiable by autograd, positive below t_max.
+        sigma: σ(t), likewise; σ/α must grow with t.
+        t_min: the data end of the interval on which a network was trained or the score exists.
+        t_max: the noise end.
+
+    Every coefficient method takes a float or a tensor of any shape and returns a float64 tensor of that shape on its
+    device.
+
+    Raises:
+        InvalidInput: the interval is empty or σ/α does not grow with t.
+
+    Example:
+        >>> Process(alpha=lambda t: 1.0, sigma=lambda t: t.sqrt(), t_min=1e-4, t_max=4.0)   # dx = dw
+    """
+
+    t_min: float
+    t_max: float
+
+    def __init__(
+        self,
+        alpha: Callable[[Tensor], Tensor | float],
+        sigma: Callable[[Tensor], Tensor | float],
+        t_min: float,
+        t_max: float,
+    ):
+        check_interval(t_min, t_max)
+        self.t_min, self.t_max = float(t_min), float(t_max)
+        self._alpha, self._sigma = alpha, sigma
+        share = self._noise_share(torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64))
+        if not bool((share.diff() > 0).all()):
+            raise InvalidInput(
+                f"{self!r}: σ/α must grow with t on [t_min, t_max] (data at t_min, noise at t_max), but it does not. "
+                "If your time runs the "
+                "other way, write Process(alpha=lambda t: a(1 - t), sigma=lambda t: s(1 - t), ...)"
+            )
+
+    def __repr__(self) -> str:
+        return f"Process(t_min={self.t_min}, t_max={self.t_max})"
+
+    # --- the two functions everything else follows from
+
+    def alpha(self, t: Time) -> Tensor:
+        """α(t), the scale of the data."""
+        t = as_time(t)
+        return torch.as_tensor(self._alpha(t), dtype=t.dtype, device=t.device).expand(t.shape)
+
+    def sigma(self, t: Time) -> Tensor:
+        """σ(t), the standard deviation of the noise."""
+        t = as_time(t)
+        return torch.as_tensor(self._sigma(t), dtype=t.dtype, device=t.device).expand(t.shape)
+
+    def alpha_dot(self, t: Time) -> Tensor:
+        """dα/dt."""
+        return _derivative(self.alpha, as_time(t))
+
+    def sigma_dot(self, t: Time) -> Tensor:
+        """dσ/dt."""
+        return _derivative(self.sigma, as_time(t))
+
+    def time(self, half_log_snr: Time) -> Tensor:
+        """t with λ(t) = half_log_snr, inside [t_min, t_max]; λ = −∞ is reached where α is 0.
+
+        Bracketed Newton on w = σ/(α+σ), which is finite at both ends, to the last bits of float64.
+        """
+        lam = as_time(half_log_snr)
+        w = torch.sigmoid(-lam)
+        low, high = torch.full_like(w, self.t_min), torch.full_like(w, self.t_max)
+        t = 0.5 * (low + high)
+        for _ in range(80):
+            gap = self._noise_share(t) - w
+            low, high = torch.where(gap <= 0, t, low), torch.where(gap >= 0, t, high)
+            alpha, sigma, da, ds = self.coefficients(t)
+            newton = t - gap * (alpha + sigma) ** 2 / (ds * alpha - sigma * da)
+            inside = (newton > low) & (newton < high)
+            previous, t = t, torch.where(inside, newton, 0.5 * (low + high))
+            if bool(((t - previous).abs() <= 4e-16 * t.abs()).all()):
+                break
+        return t
+
+    # --- what follows
+
+    def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(α, σ, α̇, σ̇) at t."""
+        return self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t)
+
+    def half_log_snr(self, t: Time) -> Tensor:
+        """λ(t) = log(α/σ); −∞ where α = 0."""
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def rho(self, t: Time) -> Tensor:
+        """ρ(t) = σ/α = e^{−λ}; ∞ where α = 0."""
+        return self.sigma(t) / self.alpha(t)
+
+    def time_of_rho(self, rho: Time) -> Tensor:
+        """t with σ/α = rho; the inverse of `rho`."""
+        return self.time(-as_time(rho).log())
+
+    def f(self, t: Time) -> Tensor:
+        """f(t) = α̇/α, the linear drift of the forward SDE."""
+        return self.alpha_dot(t) / self.alpha(t)
+
+    def g2(self, t: Time) -> Tensor:
+        """g(t)² = 2σ(σ̇ − fσ), the squared noise amplitude of the forward SDE."""
+        alpha, sigma, da, ds = self.coefficients(t)
+        return 2.0 * sigma * (ds - sigma * da / alpha)
+
+    def g(self, t: Time) -> Tensor:
+        """g(t), the noise amplitude of the forward SDE."""
+        return self.g2(t).sqrt()
+
+    def marginal(self, x0: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """Mean α x_0, shaped as x0, and standard deviation σ, broadcastable to it, of x_t given x_0 (batch, *event)."""
+        t = as_time(t, x0.device)
+        return expand(self.alpha(t), x0) * x0, expand(self.sigma(t), x0)
+
+    def perturb(self, x0: Tensor, t: Time, noise: Tensor) -> Tensor:
+        """x_t = α x_0 + σ·noise, shaped as x0."""
+        mean, std = self.marginal(x0, t)
+        return mean + std * noise
+
+    def prior(
+        self,
+        shape: Sequence[int],
+        seed: int | Sequence[int] | Tensor = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """A sample of N(0, σ(t_max)²) of the given shape (batch, *event); row i depends on the seed and i alone."""
+        batch, *event = (int(n) for n in shape)
+        seeds = sample_seeds(seed, batch, device)
+        noise = standard_normal(seeds, tuple(event), stream=PRIOR_STREAM, dtype=dtype, device=device)
+        return noise * self.sigma(self.t_max).item()
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of `prior` in nats at x (batch, *event): (batch,)."""
+        std, n = self.sigma(self.t_max).item(), x[0].numel()
+        return -0.5 * (x / std).square().flatten(1).sum(1) - n * (math.log(std) + 0.5 * math.log(2.0 * math.pi))
+
+    def _noise_share(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        return sigma / (alpha + sigma)
+
+
+def expand(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A 0-d or (batch,) coefficient in x's dtype, shaped to broadcast against x (batch, *event)."""
+    coefficient = coefficient.to(x.dtype)
+    return coefficient if coefficient.ndim == 0 else coefficient.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def check_interval(t_min: float, t_max: float) -> None:
+    if not (math.isfinite(t_min) and math.isfinite(t_max) and t_min < t_max):
+        raise InvalidInput(f"a process needs finite times with t_min < t_max; got t_min={t_min}, t_max={t_max}")
+
+
+def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = t.detach().requires_grad_(True)
+        value = function(leaf)
+        if not value.requires_grad:
+            return torch.zeros_like(t)
+        (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+    return torch.zeros_like(t) if slope is None else slope.detach()
