@@ -3,6 +3,7 @@
 process → prediction → equation → solver → solution; see docs/index.md.
 """
 
+from sdeflow import problems
 from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
@@ -62,6 +63,7 @@ __all__ = [
     "UniformLogSNR",
     "UniformTime",
     "VPrediction",
+    "problems",
     "sample_seeds",
     "solve",
 ]

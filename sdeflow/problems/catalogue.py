@@ -17,7 +17,9 @@ from sdeflow.problems.problem import Problem
 Array = Tensor | np.ndarray | Sequence
 
 
-def gaussian(mean: Array | float | None = None, std: Array | float | None = None, cov: Array | None = None, dim: int | None = None) -> GaussianProblem:
+def gaussian(
+    mean: Array | float | None = None, std: Array | float | None = None, cov: Array | None = None, dim: int | None = None
+) -> GaussianProblem:
     """N(m, C), with closed forms for its flow and its moments.
 
     By default 16-D and anisotropic: standard deviations from 0.05 to 2 in geometric progression and means from −1 to 1, so that fast and
@@ -70,7 +72,9 @@ def mixture64(seed: int = 0, components: int = 16, dim: int = 64) -> Problem:
     cov = np.einsum("kde,ke,kfe->kdf", axes, std**2, axes)
     weights = draw.uniform(0.5, 1.5, components)
     name = "mixture64" if (seed, components, dim) == (0, 16, 64) else f"mixture64(seed={seed}, components={components}, dim={dim})"
-    return Problem(name, Mixture.of(torch.from_numpy(means), cov=torch.from_numpy(0.5 * (cov + cov.swapaxes(1, 2))), weights=weights), torch.arange(components))
+    return Problem(
+        name, Mixture.of(torch.from_numpy(means), cov=torch.from_numpy(0.5 * (cov + cov.swapaxes(1, 2))), weights=weights), torch.arange(components)
+    )
 
 
 def digits(std: float = 0.1) -> Problem:

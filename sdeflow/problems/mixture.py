@@ -138,7 +138,12 @@ class Mixture:
         if x.shape[0] <= rows:
             return self._posterior(tables, x, alpha, sigma, allowed)
         parts = [
-            self._posterior(tables, x[i : i + rows], *(c if len(c) == 1 else c[i : i + rows] for c in (alpha, sigma)), None if allowed is None else allowed[i : i + rows])
+            self._posterior(
+                tables,
+                x[i : i + rows],
+                *(c if len(c) == 1 else c[i : i + rows] for c in (alpha, sigma)),
+                None if allowed is None else allowed[i : i + rows],
+            )
             for i in range(0, x.shape[0], rows)
         ]
         return Posterior(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -236,7 +241,9 @@ def _variances(std: float | Tensor | Sequence | None, shape: torch.Size) -> tupl
             f"std must be a number, ({K},) for one value a component, or ({K}, {d}) for one value a component and axis; got shape {tuple(s.shape)}"
         )
     if not bool(((s > 0) & s.isfinite()).all()):
-        raise InvalidInput(f"std must be positive and finite, or the density has no score at σ = 0; got {s.min().item()}. Write std=1e-3 for nearly bare points")
+        raise InvalidInput(
+            f"std must be positive and finite, or the density has no score at σ = 0; got {s.min().item()}. Write std=1e-3 for nearly bare points"
+        )
     return s.square(), None
 
 

@@ -247,7 +247,9 @@ _PREDICTIONS = {"data": DataPrediction, "noise": NoisePrediction, "score": Score
 def flatten(x: Tensor, dim: int, name: str) -> Tensor:
     """x (batch, *event) as (batch, d), checked."""
     if x.ndim < 2 or not x.is_floating_point() or x.shape[1:].numel() != dim:
-        raise InvalidInput(f"{name} takes a floating x of shape (batch, {dim}); got {x.dtype} of shape {tuple(x.shape)}. Write problem.sample(n) or process.prior((n, {dim}))")
+        raise InvalidInput(
+            f"{name} takes a floating x of shape (batch, {dim}); got {x.dtype} of shape {tuple(x.shape)}. Write problem.sample(n) or process.prior((n, {dim}))"
+        )
     return x.reshape(x.shape[0], dim)
 
 
