@@ -29,7 +29,7 @@ class Grid(ABC):
             InvalidInput: steps < 1, the grid needs a process and the equation has none, or the nodes do not move
                 strictly from start to stop.
         """
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise InvalidInput(
                 f"steps must be a positive integer (the number of steps, not of time points); got {steps!r}"
             )

@@ -1,0 +1,61 @@
+"""Equations: plain drift/diffusion objects, checked once, counted once."""
+
+import math
+
+import pytest
+import torch
+
+import sdeflow as sf
+from sdeflow.counting import Counter, counting
+
+
+def test_a_generic_drift_counts_one_evaluation():
+    counter = Counter(3)
+    bank = sf.Equation(lambda t, x: 0.04 * x)
+    with counting(counter):
+        assert torch.allclose(bank.drift(0.0, torch.ones(3, 1)), torch.full((3, 1), 0.04))
+    assert counter.evaluations.tolist() == [1, 1, 1] and not bank.stochastic
+
+
+def test_predictions_inside_a_drift_count_themselves():
+    predict = sf.NoisePrediction(lambda x, t: x, sf.VP())
+    twice = sf.Equation(lambda t, x: predict.score(x, t) + predict.velocity(x, t))
+    counter = Counter(3)
+    with counting(counter):
+        twice.drift(0.5, torch.ones(3, 1))
+    assert counter.evaluations.tolist() == [2, 2, 2]
+
+
+def test_forward_sde_is_f_and_g():
+    process = sf.SubVP()
+    sde, t, x = sf.ForwardSDE(process), torch.tensor([0.2, 0.7]), torch.randn(2, 3, dtype=torch.float64)
+    assert torch.allclose(sde.drift(t, x), process.f(t)[:, None] * x)
+    assert torch.allclose(sde.diffusion(t, x), process.g(t)[:, None])
+    assert (sde.start, sde.stop, sde.noise) == (process.t_min, process.t_max, "additive")
+
+
+def test_reverse_equations_run_from_noise_to_data():
+    predict = sf.NoisePrediction(lambda x, t: x, sf.EDM())
+    ode, sde = sf.ProbabilityFlowODE(predict), sf.ReverseSDE(predict, eta=0.5)
+    assert (ode.start, ode.stop, ode.noise, ode.eta) == (80.0, 0.002, "none", 0.0)
+    assert (sde.start, sde.stop, sde.noise, sde.eta) == (80.0, 0.002, "additive", 0.5)
+    assert ode.predict is predict and sde.process is predict.process
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: sf.Equation(3), "functions of"),
+        (lambda: sf.Equation(lambda t, x: x, lambda t, x: x, noise="brown"), "noise must be"),
+        (lambda: sf.Equation(lambda t, x: x, calculus="stieltjes"), "calculus"),
+        (lambda: sf.ReverseSDE(sf.VP()), "needs a prediction"),
+        (lambda: sf.ProbabilityFlowODE(None), "ProbabilityFlowODE needs"),
+        (lambda: sf.ForwardSDE("vp"), r"sf\.VP\(\)"),
+        (lambda: sf.ReverseSDE(sf.NoisePrediction(lambda x, t: x, sf.VP()), eta=-1.0), "eta"),
+        (lambda: sf.ReverseSDE(sf.NoisePrediction(lambda x, t: x, sf.VP()), eta=math.nan), "eta"),
+        (lambda: sf.Equation(lambda t, x: x[:, :1]).drift(0.0, torch.ones(2, 3)), "state of shape"),
+    ],
+)
+def test_bad_equations_are_named(make, word):
+    with pytest.raises(sf.InvalidInput, match=word):
+        make()

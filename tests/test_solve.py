@@ -1,0 +1,136 @@
+"""solve: defaults, outputs, counting, seeds, failures and the errors of bad input, with a solver small enough to read."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import sdeflow as sf
+from sdeflow.solvers.base import Facts, FixedStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Euler(FixedStep):
+    """x ← x + h·drift: the ten-line solver of the docs."""
+
+    @property
+    def facts(self):
+        return Facts("Euler", 1, None, None, 1, False, ("none",), "drift", "Euler 1768")
+
+    def init(self, task, times):
+        return times.tolist()
+
+    def step(self, task, state, n, x):
+        return x + (state[n + 1] - state[n]) * task.equation.drift(state[n], x), state
+
+
+BANK = sf.Equation(lambda t, x: 0.04 * x, start=0.0, stop=1.0)
+X = torch.ones(3, 2, dtype=torch.float64)
+
+
+def test_euler_on_the_interest_rate():
+    solution = sf.solve(BANK, Euler(steps=10), X)
+    assert torch.allclose(solution.x, X * 1.004**10)
+    assert solution.calls == 10 and solution.evaluations.tolist() == [10, 10, 10]
+    assert solution.accepted.tolist() == [10, 10, 10] and solution.rejected.tolist() == [0, 0, 0]
+    assert solution.success.all() and solution.t.tolist() == [1.0] and solution.states.shape == (1, 3, 2)
+    assert torch.equal(solution.states[-1], solution.x)
+
+
+def test_either_direction_and_outputs_on_nodes():
+    back = sf.solve(BANK, Euler(steps=100), X, start=1.0, stop=0.0, save_at=[1.0, 0.5, 0.333, 0.0])
+    assert back.states.shape == (4, 3, 2) and torch.equal(back.states[0], X)
+    assert torch.allclose(back.states[1], X * (1 - 0.0004) ** 50)
+    # 0.333 is no node: it becomes one, so it is Euler's value there, not an interpolation
+    assert back.calls == 101
+    assert torch.allclose(back.states[2], X * (1 - 0.0004) ** 66 * (1 - 0.04 * 0.007), rtol=1e-12)
+
+
+def test_own_grid():
+    solution = sf.solve(BANK, Euler(grid=[0.0, 0.5, 1.0]), X)
+    assert torch.allclose(solution.x, X * 1.02**2) and solution.calls == 2
+
+
+def test_a_sample_that_fails_leaves_the_others():
+    sick = sf.Equation(lambda t, x: torch.where(x > 5, math.nan, 0.04 * x), start=0.0, stop=1.0)
+    x = torch.tensor([[1.0], [9.0], [2.0]], dtype=torch.float64)
+    with pytest.raises(sf.SolveFailed, match="1 of 3 samples.*NON_FINITE.*first failed row 1") as caught:
+        sf.solve(sick, Euler(steps=10), x)
+    partial = caught.value.solution
+    assert partial.status.tolist() == [sf.Status.SUCCESS, sf.Status.NON_FINITE, sf.Status.SUCCESS]
+    assert torch.allclose(partial.x[[0, 2]], x[[0, 2]] * 1.004**10)
+    returned = sf.solve(sick, Euler(steps=10), x, on_failure="return")
+    assert returned.success.tolist() == [True, False, True]
+
+
+def test_gradients_only_when_asked():
+    x = X.clone().requires_grad_(True)
+    assert not sf.solve(BANK, Euler(steps=10), x).x.requires_grad
+    (slope,) = torch.autograd.grad(sf.solve(BANK, Euler(steps=10), x, gradients=True).x.sum(), x)
+    assert torch.allclose(slope, torch.full_like(x, 1.004**10))
+
+
+def test_progress_is_a_function_of_the_fraction():
+    seen: list[float] = []
+    sf.solve(BANK, Euler(steps=4), X, progress=seen.append)
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_seeds_are_one_a_sample():
+    seeds = sf.sample_seeds(7, 5)
+    assert seeds.unique().numel() == 5
+    assert torch.equal(sf.sample_seeds(7, 9)[:5], seeds)
+    assert torch.equal(sf.sample_seeds(seeds, 5), seeds) and sf.sample_seeds([4, 2], 2).tolist() == [4, 2]
+
+
+VP_ODE = sf.ProbabilityFlowODE(sf.NoisePrediction(lambda x, t: x, sf.VP()))
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: sf.solve(BANK, Euler(steps=3), torch.ones(3, 2, dtype=torch.int64)), "int64"),
+        (lambda: sf.solve(BANK, Euler(steps=3), [[1.0]]), "list"),
+        (lambda: sf.solve(BANK, Euler(steps=3), torch.ones(3)), r"x\[None\]"),
+        (lambda: sf.solve(BANK, Euler(steps=3), torch.ones(0, 2)), "at least one sample"),
+        (lambda: sf.solve(BANK, Euler(steps=3), X, start=0.5, stop=0.5), "different"),
+        (lambda: sf.solve(BANK, Euler(steps=3), X, stop=math.inf), "finite"),
+        (lambda: sf.solve(VP_ODE, Euler(steps=3), X, start=1.5), "outside"),
+        (lambda: sf.solve(sf.Equation(lambda t, x: x), Euler(steps=3), X), "no interval"),
+        (lambda: sf.solve(BANK, "dopri5", X), "solver object"),
+        (lambda: sf.solve(lambda t, x: x, Euler(steps=3), X), r"sf\.Equation\(drift\)"),
+        (lambda: sf.solve(BANK, Euler(steps=3), X, save_at=[0.5, 0.2]), "order of travel"),
+        (lambda: sf.solve(BANK, Euler(steps=3), X, save_at=[2.0]), "between start"),
+        (lambda: sf.solve(BANK, Euler(steps=3), X, on_failure="ignore"), "on_failure"),
+        (lambda: sf.solve(sf.ReverseSDE(VP_ODE.predict), Euler(steps=3), X), "additive noise"),
+        (lambda: sf.solve(sf.Equation(lambda t, x: x[:1], start=0, stop=1), Euler(steps=3), X), "state's shape"),
+        (lambda: sf.solve(sf.ReverseSDE(VP_ODE.predict), Euler(steps=3), X, seed=[1, 2]), "3 integers"),
+        (lambda: Euler(), "steps"),
+        (lambda: Euler(steps=2.5), "steps"),
+        (lambda: sf.solve(BANK, Euler(steps=3), X).at(0.5), "save_at"),
+    ],
+)
+def test_bad_input_is_named(call, word):
+    with pytest.raises(sf.InvalidInput, match=word):
+        call()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the mix of devices is the point")
+def test_device_mix_is_named():
+    network = torch.nn.Linear(2, 2).cuda()
+    predict = sf.NoisePrediction(lambda x, t: network(x), sf.VP())
+    predict.network = network
+    with pytest.raises(sf.InvalidInput, match="write solve"):
+        sf.solve(sf.ProbabilityFlowODE(predict), Euler(steps=3), X)
+
+
+def test_device_mix_is_named_on_meta():
+    # the meta device stands in for a GPU: the check reads devices and computes nothing
+    class Network(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    predict = sf.NoisePrediction(Network(2, 2, device="meta"), sf.VP())
+    with pytest.raises(sf.InvalidInput, match="network is on meta, the state on cpu"):
+        sf.solve(sf.ProbabilityFlowODE(predict), Euler(steps=3), X.float())
