@@ -7,7 +7,15 @@ import torch
 
 import sdeflow as sf
 
-PROCESSES = [sf.VP(), sf.CosineVP(), sf.SubVP(), sf.VE(), sf.EDM(), sf.DiscreteVP.scaled_linear(), sf.RectifiedFlow(t_max=0.999)]
+PROCESSES = [
+    sf.VP(),
+    sf.CosineVP(),
+    sf.SubVP(),
+    sf.VE(),
+    sf.EDM(),
+    sf.DiscreteVP.scaled_linear(),
+    sf.RectifiedFlow(t_max=0.999),
+]
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)

@@ -64,7 +64,9 @@ def networks(process):
 def test_every_kind_gives_the_same_drift(process):
     t = torch.linspace(process.t_min, process.t_max, 9, dtype=torch.float64)[:-1]
     x = process.perturb(
-        torch.randn(8, 3, dtype=torch.float64), t, torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double()
+        torch.randn(8, 3, dtype=torch.float64),
+        t,
+        torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).double(),
     )
     data, noise, score = fields(process, x, t)
     f, g2, alpha_dot, sigma_dot = (c[:, None] for c in (process.f(t), process.g2(t), *process.coefficients(t)[2:]))
@@ -91,11 +93,14 @@ def test_rectified_flow_at_alpha_zero():
     process = sf.RectifiedFlow()
     x = process.prior((4, 3), dtype=torch.float64)
     for kind in (sf.DataPrediction, sf.VPrediction, sf.FlowPrediction):
-        predict = kind({
-            sf.DataPrediction: lambda x, t: MEAN.expand_as(x),
-            sf.VPrediction: lambda x, t: -MEAN.expand_as(x),  # αε − σD at α = 0
-            sf.FlowPrediction: lambda x, t: x - MEAN,
-        }[kind], process)
+        predict = kind(
+            {
+                sf.DataPrediction: lambda x, t: MEAN.expand_as(x),
+                sf.VPrediction: lambda x, t: -MEAN.expand_as(x),  # αε − σD at α = 0
+                sf.FlowPrediction: lambda x, t: x - MEAN,
+            }[kind],
+            process,
+        )
         assert torch.allclose(predict.data(x, 1.0), MEAN.expand_as(x))
         assert torch.allclose(predict.velocity(x, 1.0), x - MEAN)
 
@@ -114,7 +119,10 @@ def test_time_is_a_float_a_scalar_or_one_a_sample():
     assert torch.equal(results[0], results[1]) and torch.allclose(results[0], results[2])
 
 
-@pytest.mark.parametrize(("dtype", "time_dtype"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    ("dtype", "time_dtype"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
 def test_casts(dtype, time_dtype):
     class Network(torch.nn.Module):
         def __init__(self):
@@ -160,7 +168,12 @@ def test_counts_what_the_network_sees():
 
 @pytest.mark.parametrize(
     ("network", "word"),
-    [(lambda x, t: (x,), r"\[0\]"), (lambda x, t: x[:, :1], "shape"), (lambda x, t: x.sum(), "shape"), (lambda x, t: None, "NoneType")],
+    [
+        (lambda x, t: (x,), r"\[0\]"),
+        (lambda x, t: x[:, :1], "shape"),
+        (lambda x, t: x.sum(), "shape"),
+        (lambda x, t: None, "NoneType"),
+    ],
 )
 def test_bad_networks_are_named(network, word):
     with pytest.raises(sf.InvalidInput, match=word):

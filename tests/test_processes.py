@@ -12,7 +12,9 @@ NAMED = [sf.VP(), sf.CosineVP(), sf.SubVP(), sf.VE(), sf.EDM(), sf.RectifiedFlow
 TABLES = [sf.DiscreteVP.linear(), sf.DiscreteVP.scaled_linear(), sf.DiscreteVP.cosine(), sf.DiscreteVP.sigmoid()]
 OWN = [
     sf.Process(alpha=lambda t: 1.0, sigma=lambda t: t.sqrt(), t_min=1e-4, t_max=4.0),
-    sf.Process(alpha=lambda t: (math.pi / 2 * t).cos(), sigma=lambda t: (math.pi / 2 * t).sin(), t_min=1e-3, t_max=0.99),
+    sf.Process(
+        alpha=lambda t: (math.pi / 2 * t).cos(), sigma=lambda t: (math.pi / 2 * t).sin(), t_min=1e-3, t_max=0.99
+    ),
 ]
 ALL = NAMED + TABLES + OWN
 
@@ -112,7 +114,9 @@ def test_perturb_and_marginal(process):
     t = inside(process, 5)
     mean, std = process.marginal(x0, t)
     alpha, sigma = process.alpha(t)[:, None, None], process.sigma(t)[:, None, None]
-    assert torch.allclose(mean, alpha * x0) and torch.allclose(process.perturb(x0, t, noise), alpha * x0 + sigma * noise)
+    assert torch.allclose(mean, alpha * x0) and torch.allclose(
+        process.perturb(x0, t, noise), alpha * x0 + sigma * noise
+    )
     assert std.shape == (5, 1, 1)
     assert process.perturb(x0.float(), t, noise.float()).dtype == torch.float32
 

@@ -5,4 +5,14 @@ from sdeflow.problems.gaussian import GaussianProblem
 from sdeflow.problems.mixture import Mixture
 from sdeflow.problems.problem import ExactNetwork, Problem
 
-__all__ = ["ExactNetwork", "GaussianProblem", "Mixture", "Problem", "digits", "from_points", "gaussian", "mixture64", "ring"]
+__all__ = [
+    "ExactNetwork",
+    "GaussianProblem",
+    "Mixture",
+    "Problem",
+    "digits",
+    "from_points",
+    "gaussian",
+    "mixture64",
+    "ring",
+]

@@ -18,7 +18,10 @@ Array = Tensor | np.ndarray | Sequence
 
 
 def gaussian(
-    mean: Array | float | None = None, std: Array | float | None = None, cov: Array | None = None, dim: int | None = None
+    mean: Array | float | None = None,
+    std: Array | float | None = None,
+    cov: Array | None = None,
+    dim: int | None = None,
 ) -> GaussianProblem:
     """N(m, C), with closed forms for its flow and its moments.
 
@@ -39,7 +42,9 @@ def gaussian(
     if len(sizes) > 1 or any(n < 1 for n in sizes):
         raise InvalidInput(f"mean, std, cov and dim must agree on one dimension ≥ 1; got {sorted(sizes)}")
     d = sizes.pop() if sizes else 16
-    m = arrays.get("mean", torch.linspace(-1.0, 1.0, d, dtype=torch.float64) if d > 1 else torch.zeros(1, dtype=torch.float64))
+    m = arrays.get(
+        "mean", torch.linspace(-1.0, 1.0, d, dtype=torch.float64) if d > 1 else torch.zeros(1, dtype=torch.float64)
+    )
     if m.ndim > 1:
         raise InvalidInput(f"mean must be a number or ({d},); got shape {tuple(m.shape)}")
     means = m.expand(d).reshape(1, d)
@@ -56,7 +61,9 @@ def ring(modes: int = 8, radius: float = 1.0, std: float = 0.05) -> Problem:
     if modes < 1 or not radius >= 0:
         raise InvalidInput(f"ring needs modes ≥ 1 and radius ≥ 0; got modes={modes}, radius={radius}")
     angle = 2.0 * math.pi * torch.arange(modes, dtype=torch.float64) / modes
-    return Problem("ring", Mixture.of(radius * torch.stack([angle.cos(), angle.sin()], 1), std=std), torch.arange(modes))
+    return Problem(
+        "ring", Mixture.of(radius * torch.stack([angle.cos(), angle.sin()], 1), std=std), torch.arange(modes)
+    )
 
 
 def mixture64(seed: int = 0, components: int = 16, dim: int = 64) -> Problem:
@@ -71,9 +78,15 @@ def mixture64(seed: int = 0, components: int = 16, dim: int = 64) -> Problem:
     axes, _ = np.linalg.qr(draw.standard_normal((components, dim, dim)))
     cov = np.einsum("kde,ke,kfe->kdf", axes, std**2, axes)
     weights = draw.uniform(0.5, 1.5, components)
-    name = "mixture64" if (seed, components, dim) == (0, 16, 64) else f"mixture64(seed={seed}, components={components}, dim={dim})"
+    name = (
+        "mixture64"
+        if (seed, components, dim) == (0, 16, 64)
+        else f"mixture64(seed={seed}, components={components}, dim={dim})"
+    )
     return Problem(
-        name, Mixture.of(torch.from_numpy(means), cov=torch.from_numpy(0.5 * (cov + cov.swapaxes(1, 2))), weights=weights), torch.arange(components)
+        name,
+        Mixture.of(torch.from_numpy(means), cov=torch.from_numpy(0.5 * (cov + cov.swapaxes(1, 2))), weights=weights),
+        torch.arange(components),
     )
 
 
@@ -107,6 +120,8 @@ def from_points(points: Array, std: Array | float = 0.1, labels: Array | None = 
     """
     means = torch.as_tensor(points, dtype=torch.float64)
     if means.ndim < 2 or not means.shape[0]:
-        raise InvalidInput(f"points must be an (n, d) array with n ≥ 1; got shape {tuple(means.shape)}. For points on a line write points[:, None]")
+        raise InvalidInput(
+            f"points must be an (n, d) array with n ≥ 1; got shape {tuple(means.shape)}. For points on a line write points[:, None]"
+        )
     classes = None if labels is None else torch.as_tensor(labels)
     return Problem(name, Mixture.of(means.flatten(1), std=std), classes)

@@ -53,7 +53,9 @@ class GaussianProblem(Problem):
         start = process.t_max if start is None else float(start)
         stop = process.t_min if stop is None else float(stop)
         if eta > 0 and stop > start:
-            raise InvalidInput(f"the reverse SDE runs from noise to data; got start={start} < stop={stop}. Write start={stop}, stop={start}")
+            raise InvalidInput(
+                f"the reverse SDE runs from noise to data; got start={start} < stop={stop}. Write start={stop}, stop={start}"
+            )
         x = torch.zeros(1, self.dim, dtype=torch.float64)
         (a_s, s_s, V_s), (a_e, _, V_e) = self._axes(process, start, x), self._axes(process, stop, x)
         m, E = self._mean_and_axes(x)

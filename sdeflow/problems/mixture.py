@@ -72,13 +72,21 @@ class Mixture:
         """
         m = torch.as_tensor(means, dtype=torch.float64).detach().cpu()
         if m.ndim != 2 or not m.numel() or not bool(m.isfinite().all()):
-            raise InvalidInput(f"means must be a finite (components, dimensions) array; got shape {tuple(m.shape)}. One Gaussian is means=[mean]")
+            raise InvalidInput(
+                f"means must be a finite (components, dimensions) array; got shape {tuple(m.shape)}. One Gaussian is means=[mean]"
+            )
         if (std is None) == (cov is None):
             raise InvalidInput("give exactly one of std and cov, e.g. std=0.1")
         variances, axes = _variances(std, m.shape) if cov is None else _eigen(cov, m.shape)
-        w = torch.ones(len(m), dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+        w = (
+            torch.ones(len(m), dtype=torch.float64)
+            if weights is None
+            else torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+        )
         if w.shape != m.shape[:1] or not bool(((w > 0) & w.isfinite()).all()):
-            raise InvalidInput(f"weights must be {len(m)} positive numbers, one for each component; got shape {tuple(w.shape)}")
+            raise InvalidInput(
+                f"weights must be {len(m)} positive numbers, one for each component; got shape {tuple(w.shape)}"
+            )
         return cls(m, variances, axes, w / w.sum())
 
     @property
@@ -100,7 +108,9 @@ class Mixture:
         """The mixture of the components where keep (K,) is True, weights renormalised."""
         variances = self.variances if self.variances.shape[0] == 1 else self.variances[keep]
         weights = self.weights[keep]
-        return Mixture(self.means[keep], variances, None if self.axes is None else self.axes[keep], weights / weights.sum())
+        return Mixture(
+            self.means[keep], variances, None if self.axes is None else self.axes[keep], weights / weights.sum()
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Exact mean (d,) and covariance (d, d) of x_0."""
@@ -200,7 +210,9 @@ def _isotropic(tables: _Tables, r: Tensor, alpha: Tensor, sigma: Tensor, near: T
     d = r.shape[1]
     v = tables.variances.T  # (1, K or 1)
     V = alpha**2 * v + sigma**2  # (batch or 1, K or 1)
-    square = r.square().sum(1, keepdim=True) - 2.0 * alpha * (r @ tables.means.T) + alpha**2 * tables.means.square().sum(1)
+    square = (
+        r.square().sum(1, keepdim=True) - 2.0 * alpha * (r @ tables.means.T) + alpha**2 * tables.means.square().sum(1)
+    )
     logits = tables.log_weights - 0.5 * square / V - 0.5 * d * (2.0 * math.pi * V).log()
 
     def finish(gamma: Tensor) -> Tensor:
@@ -256,5 +268,7 @@ def _eigen(cov: Tensor | Sequence, shape: torch.Size) -> tuple[Tensor, Tensor]:
         raise InvalidInput("cov must be symmetric; write 0.5 * (cov + cov.T) if only rounding made it otherwise")
     values, axes = torch.linalg.eigh(C.expand(K, d, d))
     if not float(values.min()) > 0:
-        raise InvalidInput(f"cov must be positive definite; its smallest eigenvalue is {values.min().item():.3g}. Write cov + 1e-6 * torch.eye({d})")
+        raise InvalidInput(
+            f"cov must be positive definite; its smallest eigenvalue is {values.min().item():.3g}. Write cov + 1e-6 * torch.eye({d})"
+        )
     return values, axes

@@ -104,7 +104,9 @@ class Problem:
         alpha, sigma = process.alpha(t).cpu(), process.sigma(t).cpu()
         return alpha * mean, alpha**2 * cov + sigma**2 * torch.eye(self.dim, dtype=cov.dtype)
 
-    def sample(self, n: int, seed: Seed = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    def sample(
+        self, n: int, seed: Seed = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """n exact samples of the data, (n, d). Row i depends on the seed and i alone (a list of seeds: one for each row)."""
         seeds = sample_seeds(seed, _whole(n), "cpu")
         noise = standard_normal(seeds, (self.dim,), stream=DATA_STREAM, dtype=torch.float64, device="cpu")
@@ -118,7 +120,12 @@ class Problem:
     # --- networks
 
     def prediction(
-        self, process: Process, kind: str = "data", label: int | None = None, dtype: torch.dtype | None = torch.float64, sigma_data: float = 0.5
+        self,
+        process: Process,
+        kind: str = "data",
+        label: int | None = None,
+        dtype: torch.dtype | None = torch.float64,
+        sigma_data: float = 0.5,
     ) -> Prediction:
         """The exact network of one kind as a `Prediction`, evaluated and counted like any other network.
 
@@ -160,25 +167,35 @@ class Problem:
         own = self._labels_or_raise().to(device)
         rows = torch.as_tensor(label, device=device)
         if rows.ndim > 1 or rows.is_floating_point() or (rows.ndim == 1 and rows.shape[0] != batch):
-            raise InvalidInput(f"label must be a number or ({batch},) integers, one for each row of x; got {rows.dtype} of shape {tuple(rows.shape)}")
+            raise InvalidInput(
+                f"label must be a number or ({batch},) integers, one for each row of x; got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
         mask = (rows.reshape(-1, 1) == own) | (rows.reshape(-1, 1) == -1)
         if not bool(mask.any(1).all()):
-            raise InvalidInput(f"{self.name} has classes {list(self.classes)} (and −1 for none); got {rows.unique().tolist()}")
+            raise InvalidInput(
+                f"{self.name} has classes {list(self.classes)} (and −1 for none); got {rows.unique().tolist()}"
+            )
         return mask.expand(batch, -1)
 
     def _labels_or_raise(self) -> Tensor:
         if self.component_labels is None:
-            raise InvalidInput(f"{self.name} has no labels; write sf.problems.from_points(points, std=0.1, labels=labels)")
+            raise InvalidInput(
+                f"{self.name} has no labels; write sf.problems.from_points(points, std=0.1, labels=labels)"
+            )
         return self.component_labels
 
     def _draw(self, seeds: Tensor) -> Tensor:
         u = uniform(seeds, (), stream=COMPONENT_STREAM, dtype=torch.float64, device="cpu")
         return torch.searchsorted(self.mixture.weights.cumsum(0), u, right=True).clamp_max(self.mixture.components - 1)
 
-    def _posterior(self, x: Tensor, process: Process | None, t: Time | None, label: int | Tensor | None = None) -> tuple[Posterior, Tensor, Tensor]:
+    def _posterior(
+        self, x: Tensor, process: Process | None, t: Time | None, label: int | Tensor | None = None
+    ) -> tuple[Posterior, Tensor, Tensor]:
         flat = flatten(x, self.dim, self.name)
         if (process is None) != (t is None):
-            raise InvalidInput("give both process and t, as in problem.log_prob(x, process, t), or neither for the density of the data")
+            raise InvalidInput(
+                "give both process and t, as in problem.log_prob(x, process, t), or neither for the density of the data"
+            )
         if process is None or t is None:
             alpha, sigma = as_time(1.0, x.device), as_time(0.0, x.device)
         else:
@@ -198,7 +215,9 @@ class ExactNetwork:
     def __init__(self, problem: Problem, process: Process, kind: str = "data", sigma_data: float = 0.5):
         kind = {"velocity": "flow"}.get(kind, kind)
         if kind not in _OUTPUTS:
-            raise InvalidInput(f"kind must be one of {', '.join(_OUTPUTS)}; got {kind!r}. Write problem.prediction(process, kind='data')")
+            raise InvalidInput(
+                f"kind must be one of {', '.join(_OUTPUTS)}; got {kind!r}. Write problem.prediction(process, kind='data')"
+            )
         self.problem, self.process, self.kind, self.sigma_data = problem, process, kind, sigma_data
         self.__name__ = f"{problem.name}:{kind}"
 
@@ -210,7 +229,9 @@ class ExactNetwork:
             output = self._edm(x, t, label)
         else:
             posterior, alpha, sigma = self.problem._posterior(x, self.process, t, label)
-            output = _OUTPUTS[self.kind](self.process, t, expand(alpha, posterior.data), expand(sigma, posterior.data), posterior)
+            output = _OUTPUTS[self.kind](
+                self.process, t, expand(alpha, posterior.data), expand(sigma, posterior.data), posterior
+            )
         return output.reshape(x.shape).to(x.dtype)
 
     def _edm(self, x: Tensor, t: Tensor, label: int | Tensor | None) -> Tensor:
@@ -241,7 +262,13 @@ _OUTPUTS: dict[str, _Output] = {
     "flow": _flow,
     "edm": _flow,
 }
-_PREDICTIONS = {"data": DataPrediction, "noise": NoisePrediction, "score": ScorePrediction, "v": VPrediction, "flow": FlowPrediction}
+_PREDICTIONS = {
+    "data": DataPrediction,
+    "noise": NoisePrediction,
+    "score": ScorePrediction,
+    "v": VPrediction,
+    "flow": FlowPrediction,
+}
 
 
 def flatten(x: Tensor, dim: int, name: str) -> Tensor:
