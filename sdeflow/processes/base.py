@@ -25,7 +25,11 @@ PRIOR_STREAM = 1
 
 def as_time(t: Time, device: torch.device | None = None) -> Tensor:
     """t as a floating tensor: float64, or float32 on devices that have no float64; integers are converted."""
-    device = t.device if isinstance(t, Tensor) and device is None else torch.device(device or "cpu")
+    if isinstance(t, Tensor):
+        if t.dtype is torch.float64 and (device is None or t.device == device):
+            return t
+        device = device or t.device
+    device = torch.device(device or "cpu")
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.as_tensor(t, dtype=dtype, device=device)
 
