@@ -8,6 +8,7 @@ from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometr
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
 from sdeflow.grids import Discrete, InChart, Karras, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
+from sdeflow.guidance import ClassifierFree, ClassifierGuidance, Conditioned, Inpaint
 from sdeflow.predictions import (
     DataPrediction,
     EDMPrediction,
@@ -28,6 +29,9 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "ClassifierFree",
+    "ClassifierGuidance",
+    "Conditioned",
     "CosineVP",
     "DataPrediction",
     "Discrete",
@@ -37,6 +41,7 @@ __all__ = [
     "FlowPrediction",
     "ForwardSDE",
     "InChart",
+    "Inpaint",
     "InvalidInput",
     "Karras",
     "LogSNR",
