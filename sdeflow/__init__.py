@@ -22,6 +22,8 @@ from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, Process, Rectif
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solve import solve
+from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
+from sdeflow.solvers.runge_kutta import RungeKutta
 
 __version__ = "0.1.0"
 

@@ -85,7 +85,7 @@ class Prediction(ABC):
     def call(self, x: Tensor, network_time: Tensor) -> Tensor:
         """The network at (scaled) x and its own time (batch,): casts, counts and checks; for solvers that prepared "
         "both."""
-        dtype = self.dtype or _module_dtype(self.network) or x.dtype
+        dtype = self._compute_dtype(x)
         if network_time.is_floating_point():
             network_time = network_time.to(dtype if dtype.itemsize >= 4 else torch.float32)
         counting.record(x.shape[0])
@@ -93,6 +93,14 @@ class Prediction(ABC):
         if not isinstance(output, Tensor) or output.shape != x.shape:
             raise InvalidInput(_bad_output(output, x))
         return output.to(x.dtype)
+
+    def time_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype `call` gives a floating network time in, for states like x: the network's, never below float32."""
+        dtype = self._compute_dtype(x)
+        return dtype if dtype.itemsize >= 4 else torch.float32
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.dtype or _module_dtype(self.network) or x.dtype
 
     def combine(self, x: Tensor, t: Time, p: Time, q: Time) -> Tensor:
         """p·D + q·ε̂ at (x, t), shaped as x."""

@@ -156,7 +156,10 @@ class FixedStep(Solver):
 
     def times(self, task: Task) -> Tensor:
         """The nodes of this solve: float64 on the CPU, start first, save_at merged in."""
-        grid = self.grid if isinstance(self.grid, Grid) else self.default_grid
+        return self.nodes(task, self.grid if isinstance(self.grid, Grid) else self.default_grid)
+
+    def nodes(self, task: Task, grid: Grid) -> Tensor:
+        """The nodes a grid gives, save_at merged in."""
         assert self.steps is not None
         times = grid.times(task.equation.process, task.start, task.stop, self.steps)
         return times if task.save_at is None else merge(times, task.save_at)
@@ -169,11 +172,15 @@ class FixedStep(Solver):
     def step(self, task: Task, state: Any, n: int, x: Tensor) -> tuple[Tensor, Any]:
         """From times[n] to times[n + 1]: (x, state)."""
 
+    def total(self, state: Any, times: Tensor) -> int:
+        """Number of steps: those between the nodes, and any the method adds behind them."""
+        return times.numel() - 1
+
     def integrate(self, task: Task) -> Outcome:
         times = self.times(task)
-        total = times.numel() - 1
         wanted = output_nodes(times, task.save_at)
         state, x, kept = self.init(task, times), task.x, {}
+        total = self.total(state, times)
         if 0 in wanted:
             kept[0] = x
         for n in range(total):

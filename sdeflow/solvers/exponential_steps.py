@@ -1,0 +1,290 @@
+"""The stepper behind every exponential solver: a `Scheme` over a grid becomes a plan of scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdeflow.errors import InvalidInput
+from sdeflow.solvers.base import Task
+from sdeflow.solvers.exponential_weights import (
+    FLOW,
+    Array,
+    Form,
+    Linear,
+    Points,
+    Strength,
+    clocks,
+    interpolating,
+    linear_data,
+    linear_noise,
+    moments,
+)
+from sdeflow.solvers.linear import Evaluations, Normals, Plan, Stage
+from sdeflow.solvers.tableaux import KUTTA3, MIDPOINT, RK4, Tableau
+
+Strengths = Callable[[Array, Array], Strength]
+"""The noise of steps from λ_s to λ_t (n,), (n,)."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Settings of the stepper.
+
+    Attributes:
+        form: "data": F = D; "noise": F = ε̂ (ODE only).
+        predictor: nodes of the polynomial that predicts, the newest at the step's start.
+        corrector: old nodes of the polynomial that corrects, beside the predicted one; 0 for none.
+        clock: variable of the polynomials: "lambda", "rho", "t" or "share".
+        simple: None for the exact integrals throughout; "bh2" or "bh1" for half of B = W (the whole weight) or of
+            B = W·h/(1 − e^{−h}) on the first difference where two nodes are used, as DPM-Solver++ and UniPC have it.
+        strengths: the noise.
+        own_start: start-up steps of the method's own order, instead of fewer nodes at first.
+        lower_order_final: fewer nodes at last.
+    """
+
+    form: Form = "data"
+    predictor: int = 1
+    corrector: int = 0
+    clock: str = "lambda"
+    simple: Literal["bh1", "bh2"] | None = None
+    strengths: Strengths = lambda s, t: FLOW
+    own_start: bool = True
+    lower_order_final: bool = False
+
+    @property
+    def order(self) -> int:
+        """Global order on ODEs, with own_start."""
+        return min(self.predictor + 1, self.corrector + 1) if self.corrector else self.predictor
+
+
+def points_of(task: Task, times: Tensor, denoise: bool) -> Points:
+    """The nodes, with the clean data behind them if asked for."""
+    process = task.equation.process
+    assert process is not None
+    points = Points.at(process, times)
+    if points.sigma[0] <= 0.0:
+        raise InvalidInput(
+            f"the solve starts at t={task.start}, where σ = 0: there is no noise to predict; start a little later, e.g. "
+            f"solve(..., start={max(1e-3 * task.stop, 1e-5):g})"
+        )
+    return points.clean() if denoise else points
+
+
+def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
+    """Compile a multistep method (a one-step one included) over the nodes."""
+    process = task.equation.process
+    assert process is not None
+    steps = len(points) - 1
+    s, t = points[:-1], points[1:]
+    strength = scheme.strengths(s.lam, t.lam)
+    if scheme.form == "noise":
+        exact = linear_noise(s, t)
+        blind = points.alpha[0] == 0.0  # ε̂ says nothing there: D takes the first step
+        if blind:
+            first = linear_data(s[:1], t[:1])
+            exact = Linear(*(np.append(f, e[1:]) for f, e in ((first.A, exact.A), (first.W, exact.W), (first.noise, exact.noise))))
+    else:
+        exact, blind = linear_data(s, t, strength.decay(s.lam, t.lam)), False
+    p, c = _orders(scheme, points, strength.noisy, bool(blind))
+    infinite = not (np.isfinite(s.lam).all() or blind)
+    clock = "share" if infinite and scheme.clock in ("lambda", "rho") else scheme.clock
+    weigh = _Weigher(scheme, points, exact, clocks(process, clock), clock)
+    predict, correct = weigh.all(p, 0), weigh.all(np.append(0, c[:-1]), 1)
+
+    A, noise = exact.A.tolist(), exact.noise.tolist()
+    at = _Calls(points)
+    plan: list[list[Stage]] = []
+    for n in range(steps):
+        e = at.node(n)
+        if p[n] < 0:
+            plan.append(_start(scheme.form, _START[-p[n]], process, points, n, at))
+            continue
+        ahead = Stage(e, A[n], _terms(at, predict[n], n), noise[n], n)
+        if n and c[n - 1]:
+            back = Stage(e, A[n - 1], _terms(at, correct[n], n), noise[n - 1], n - 1, anchor=False)
+            plan.append([back, ahead._replace(at=None)])
+        else:
+            plan.append([ahead])
+    q = np.full(len(at.t), float(scheme.form == "noise"))
+    q[0] = q[0] * (not blind)
+    return compiled(task, at.t, q, plan, steps if strength.noisy else 0)
+
+
+def compiled(task: Task, t: list[float], q: Array, plan: list[list[Stage]], draws: int) -> Plan:
+    """The plan for calls at times t with F = (1 − q) D + q ε̂."""
+    want = torch.from_numpy(q)
+    calls = Evaluations(task, torch.tensor(t, dtype=torch.float64), 1.0 - want, want)
+    return Plan(calls, plan, Normals(task, draws) if draws else None)
+
+
+class _Calls:
+    """Times of the network calls in their order, and which call belongs to which node."""
+
+    def __init__(self, points: Points):
+        self.t: list[float] = []
+        self.of_node: list[int] = []
+        self._times = points.t.tolist()
+
+    def node(self, n: int) -> int:
+        self.of_node.append(len(self.t))
+        return self.more(self._times[n])
+
+    def more(self, t: float) -> int:
+        self.t.append(t)
+        return len(self.t) - 1
+
+
+def _terms(at: _Calls, weights: list[float], newest: int) -> list[tuple[int, float]]:
+    return [(at.of_node[newest - j], w) for j, w in enumerate(weights)]
+
+
+_START = {2: MIDPOINT, 3: KUTTA3, 4: RK4}
+
+
+def _orders(scheme: Scheme, points: Points, noisy: bool, blind: bool) -> tuple[Array, Array]:
+    """For every step the number of predicting nodes (−r: a start-up step of order r) and of old correcting ones.
+
+    Step i has i + 1 nodes and hence a local error of h^{i+2}, h^{i+3} with a corrector, where h^G is wanted of the
+    first few steps, G the global order: the steps before that are Runge–Kutta steps of order G − 1. Noise caps the weak
+    order at 2, for which fewer nodes do.
+    """
+    steps = len(points) - 1
+    have = np.maximum(np.arange(steps) + 1 - blind, 1)
+    p = np.minimum(scheme.predictor, have)
+    c = np.minimum(scheme.corrector, have)
+    if scheme.lower_order_final:
+        left = steps - np.arange(steps)
+        p, c = np.minimum(p, left), np.minimum(c, left)
+    ends = ~np.isfinite(points.lam[1:])
+    p[ends], c[ends] = 1, 0
+    if blind:
+        c[0] = 0
+    G = scheme.order
+    if scheme.own_start and not noisy and not blind and G > 2:
+        first = min(G - 2 - bool(scheme.corrector), steps)
+        starting = (np.arange(steps) < first) & ~ends
+        p[starting], c[starting] = -(G - 1), 0
+    c[-1] = 0
+    return p, c
+
+
+class _Weigher:
+    """Weights of the polynomial through the last nodes, for many steps at once."""
+
+    def __init__(self, scheme: Scheme, points: Points, exact: Linear, clock: Callable[[Array], Array], name: str):
+        self.scheme, self.points, self.exact, self.clock = scheme, points, exact, clock
+        self.simple = scheme.simple if name == "lambda" else None
+        with np.errstate(over="ignore"):
+            self.u = points.t if name == "t" else clock(points.lam)
+
+    def all(self, counts: Array, ahead: int) -> list[list[float]]:
+        """Weights of every step, newest node first.
+
+        Args:
+            counts: nodes at or before the start of the step, (steps,); 0 or less for none wanted.
+            ahead: 0 for the step from n to n + 1; 1 for the step from n − 1 to n, whose end is one more node.
+        """
+        found: list[list[float]] = [[] for _ in range(len(counts))]
+        for count in np.unique(counts[counts > 0]).tolist():
+            n = np.flatnonzero(counts == count)
+            for i, row in zip(n.tolist(), self._some(n - ahead, count, ahead).tolist(), strict=True):
+                found[i] = row
+        return found
+
+    def _some(self, n: Array, count: int, ahead: int) -> Array:
+        """For the steps n → n + 1 with `count` nodes up to n and, if ahead, the node n + 1."""
+        W, p = self.exact.W[n], count + ahead
+        if p == 1:
+            return W[:, None]
+        u_s, u_t = self.u[n], self.u[n + 1]
+        r = np.stack([(self.u[n + ahead - j] - u_s) / (u_t - u_s) for j in range(p)], 1)
+        if p == 2 and self.simple:
+            B = W
+            if self.simple == "bh1":
+                h, end = u_t - u_s, self.points[n + 1]
+                B = end.alpha * h if self.scheme.form == "data" else -end.sigma * h
+            slope = 0.5 * B / (r[:, 0] - r[:, 1])  # of (F_newer − F_older), whose r is 0 and −r₀, or 1 and 0
+            return np.stack([slope, W - slope] if ahead else [W + slope, -slope], 1)
+        s, t = self.points[n], self.points[n + 1]
+        mu = moments(s, t, self.scheme.form, self.clock, p, self.scheme.strengths(s.lam, t.lam))
+        mu[:, 0] = W
+        return interpolating(mu, r)
+
+
+def _start(form: Form, tableau: Tableau, process, points: Points, n: int, at: _Calls) -> list[Stage]:
+    """One Runge–Kutta step in the variable without a linear part: d(x/σ)/dv = D over v = e^λ, d(x/α)/dρ = ε̂ over ρ."""
+    s, t = points[n], points[n + 1]
+    sign = 1.0 if form == "data" else -1.0
+    v_s, v_t = np.exp(sign * s.lam), np.exp(sign * t.lam)
+    inner = np.array([ci for ci in tableau.c[1:] if ci < 1.0])
+    v = v_s + inner * (v_t - v_s)
+    stage = Points.at(process, process.time(torch.from_numpy(sign * np.log(v)))) if inner.size else None
+    stages, calls, anchor = [], [at.of_node[n]], True
+    unit = (lambda q: q.sigma) if form == "data" else (lambda q: q.alpha)
+    k = 0
+    for ci, row in zip((*tableau.c[1:], 1.0), (*tableau.a[1:], tableau.b), strict=True):
+        end = t
+        if ci < 1.0:
+            assert stage is not None
+            end, k = stage[k], k + 1
+        m = float(unit(end))
+        terms = [(e, m * float(v_t - v_s) * w) for e, w in zip(calls, row, strict=True)]
+        stages.append(Stage(calls[-1], m / float(unit(s)), terms, anchor=anchor))
+        anchor = False
+        if len(calls) < tableau.stages:
+            calls.append(at.more(float(end.t)))
+    return stages
+
+
+def singlestep_plan(form: Form, order: int, task: Task, points: Points) -> Plan:
+    """Compile the singlestep methods: inner points at r₁ = ½ (order 2) or r₁, r₂ = ⅓, ⅔ (order 3) of the step in λ.
+
+    Order 2 ends with F at r₁ alone, order 3 with the line through F at 0 and r₂, whose value at r₂ comes from the line
+    through 0 and r₁.
+    """
+    process = task.equation.process
+    assert process is not None
+    steps, fractions = len(points) - 1, {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}[order]
+    s, t = points[:-1], points[1:]
+    name = "lambda" if np.isfinite(s.lam).all() else "share"
+    clock = clocks(process, name)
+    low = np.isfinite(t.lam)  # the step to the clean data is one call of D
+    u_s, u_t = clock(s.lam), np.where(low, clock(t.lam), clock(s.lam) + 1.0)
+    exact = linear_data if form == "data" else linear_noise
+
+    def inner(r: float) -> Points:
+        u = u_s + r * (u_t - u_s)
+        lam = u if name == "lambda" else np.log1p(-u) - np.log(u)
+        return Points.at(process, process.time(torch.from_numpy(lam)))
+
+    ends = [inner(r) for r in fractions] + [t]
+    parts = [exact(s, end) for end in ends]
+    weights = [parts[0].W[:, None]]
+    if order == 2:
+        weights.append(np.stack([np.zeros(steps), parts[1].W], 1))
+    elif order == 3:
+        for i, node in ((1, 0), (2, 1)):  # lines through F at 0 and at inner point `node`
+            part, end = parts[i], ends[i]
+            mu = np.zeros((steps, 2))
+            mu[low] = moments(s[low], end[low], form, clock, 2)
+            second = mu[:, 1] / (fractions[node] / ((*fractions, 1.0)[i]))
+            weights.append(np.stack([part.W - second] + [np.zeros(steps)] * (i - 1) + [second], 1))
+    at, plan = _Calls(points), []
+    for n in range(steps):
+        calls, stages = [at.node(n)], []
+        if not low[n]:
+            plan.append([Stage(calls[0], float(parts[-1].A[n]), [(calls[0], float(parts[-1].W[n]))])])
+            continue
+        for i, (part, w) in enumerate(zip(parts, weights, strict=True)):
+            terms = [(e, float(wi)) for e, wi in zip(calls, w[n], strict=True)]
+            stages.append(Stage(calls[-1], float(part.A[n]), terms, anchor=i == 0))
+            if i < order - 1:
+                calls.append(at.more(float(ends[i].t[n])))
+        plan.append(stages)
+    return compiled(task, at.t, np.full(len(at.t), float(form == "noise")), plan, 0)

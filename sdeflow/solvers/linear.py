@@ -1,0 +1,199 @@
+"""Methods that are linear in the states and the network's outputs, compiled to scalars before the first step.
+
+Every fixed-grid sampler here, whatever its name, alternates two things: a network call F = p·D + q·ε̂ = a x + b·output,
+and a linear combination x ← A·anchor + Σ W_j F_j + s·z of an earlier state, the last few F and a normal z. A method
+therefore is a list of `Stage`s with Python floats in them, computed in float64 for the whole grid; b is folded into the
+W and a/b into one fused multiply-add, so that a step is the network call and a few fused operations.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdeflow.equations import Equation
+from sdeflow.predictions import Prediction
+from sdeflow.processes import as_time
+from sdeflow.random import standard_normal
+from sdeflow.solvers.base import FixedStep, Task
+
+STEP_STREAM = 2
+"""Random stream of the steps' normals, apart from those of priors and data."""
+CHUNK_ELEMENTS = 1 << 18
+"""Normals are made for several steps at once, up to this many elements."""
+
+
+class Stage(NamedTuple):
+    """F_at ← network(x), then x ← scale·anchor + Σ weight·F + noise·z_draw.
+
+    Attributes:
+        at: which evaluation of the plan (numbered in the order they happen), None for no network call.
+        scale: A.
+        terms: (evaluation, W) pairs.
+        noise: s, 0 for none.
+        draw: number of the normal z; the same number is the same normal.
+        anchor: whether x (before the combination) becomes the anchor.
+    """
+
+    at: int | None
+    scale: float
+    terms: Sequence[tuple[int, float]] = ()
+    noise: float = 0.0
+    draw: int = 0
+    anchor: bool = True
+
+
+class Evaluations:
+    """Network calls at known times: F = p·D + q·ε̂ = b·(output + ratio·x).
+
+    Args:
+        task: the solve.
+        t: times of the calls, float64 (n,) on the CPU.
+        p, q: what is wanted of each call, numbers or (n,).
+
+    Attributes:
+        ratio: a/b of every call.
+        weight: b of every call.
+    """
+
+    def __init__(self, task: Task, t: Tensor, p: float | Tensor = 1.0, q: float | Tensor = 0.0):
+        predict = task.equation.predict
+        assert predict is not None
+        a, b = predict.linear(t, p, q)
+        a, b = torch.broadcast_to(a, t.shape), torch.broadcast_to(b, t.shape)
+        scale = predict.input_scale(t)
+        self.ratio: list[float] = (a / b).tolist()
+        self.weight: list[float] = b.tolist()
+        self._scale = None if scale is None else torch.broadcast_to(scale, t.shape).tolist()
+        self._rows = network_rows(predict, t, task.x)
+        self._call = predict.call
+
+    def __call__(self, i: int, x: Tensor) -> Tensor:
+        """The output of call i at x (batch, *event)."""
+        if self._scale is not None:
+            x = x * self._scale[i]
+        return self._call(x, self._rows[i])
+
+
+class DriftCalls:
+    """The same for a generic drift: F = drift(t_i, x)."""
+
+    def __init__(self, equation: Equation, t: Tensor, device: torch.device):
+        self.ratio = [0.0] * t.numel()
+        self.weight = [1.0] * t.numel()
+        self._t, self._drift = as_time(t, device).unbind(), equation.drift
+
+    def __call__(self, i: int, x: Tensor) -> Tensor:
+        """drift(t_i, x)."""
+        return self._drift(self._t[i], x)
+
+
+def network_rows(predict: Prediction, t: Tensor, x: Tensor) -> list[Tensor]:
+    """For every time of t (n,) what the network is given, (batch,): made once, without a copy a sample."""
+    own = predict.network_time(as_time(t, x.device))
+    if own.shape != t.shape:  # a hook that is not elementwise in t
+        return [predict.network_time(as_time(s, x.device).expand(x.shape[0])) for s in t]
+    if own.is_floating_point():
+        own = own.to(predict.time_dtype(x))
+    return [row.expand(x.shape[0]) for row in own]
+
+
+class Normals:
+    """Standard normals z_0, z_1, … of one solve, made a few steps at a time.
+
+    z_k of a sample depends on its seed and k alone.
+    """
+
+    def __init__(self, task: Task, draws: int):
+        self._x, self._seeds, self._draws = task.x, task.seeds, draws
+        self._ahead = max(1, min(draws, CHUNK_ELEMENTS // task.x.numel()))
+        self._first, self._block = 0, None
+
+    def __call__(self, k: int) -> Tensor:
+        """z_k, shape and dtype of the state."""
+        if self._block is None or not self._first <= k < self._first + len(self._block):
+            self._first, self._block = k, self._make(k, min(self._ahead, self._draws - k))
+        return self._block[k - self._first]
+
+    def _make(self, first: int, n: int) -> Tensor:
+        x, seeds = self._x, self._seeds
+        assert seeds is not None
+        index = torch.arange(first, first + n, dtype=torch.int64, device=seeds.device).repeat_interleave(x.shape[0])
+        z = standard_normal(seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device)
+        return z.reshape(n, *x.shape)
+
+
+@dataclass
+class Plan:
+    """A compiled solve.
+
+    Attributes:
+        evaluate: `evaluate(i, x)`, with `ratio` and `weight`.
+        steps: the stages of every step.
+        normals: z_k, None when nothing is drawn.
+    """
+
+    evaluate: Evaluations | DriftCalls
+    steps: Sequence[Sequence[Stage]]
+    normals: Callable[[int], Tensor] | None = None
+    memory: deque[Tensor] = field(default_factory=deque)
+    anchor: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # (evaluation, W) becomes (place in memory counted from its newest, W·b); an F used once, at once and beside its
+        # own x, as in every one-step method, gives its share of x to the scale
+        weight, ratio, newest, longest, folded = self.evaluate.weight, self.evaluate.ratio, -1, 1, []
+        uses = [0] * len(weight)
+        for stages in self.steps:
+            for stage in stages:
+                for i, _ in stage.terms:
+                    uses[i] += 1
+        for stages in self.steps:
+            done = []
+            for at, scale, terms, noise, draw, anchor in stages:
+                newest = newest if at is None else at
+                places = [(i - newest - 1, w * weight[i]) for i, w in terms if w != 0.0]
+                longest = max(longest, -min((place for place, _ in places), default=-1))
+                if at is not None and anchor and uses[at] == 1 and places and places[0][0] == -1:
+                    scale, ratio[at] = scale + places[0][1] * ratio[at], 0.0
+                done.append((at, scale, places, noise, draw, anchor))
+            folded.append(done)
+        self.folded = folded
+        self.memory = deque(maxlen=longest)
+
+
+class LinearMethod(FixedStep):
+    """A method compiled to a `Plan`."""
+
+    @abstractmethod
+    def plan(self, task: Task, times: Tensor) -> Plan:
+        """Compile the solve over the nodes `times` (float64, CPU)."""
+
+    def init(self, task: Task, times: Tensor) -> Plan:
+        return self.plan(task, times)
+
+    def total(self, state: Plan, times: Tensor) -> int:
+        return len(state.steps)
+
+    def step(self, task: Task, state: Plan, n: int, x: Tensor) -> tuple[Tensor, Plan]:
+        memory, evaluate, normals = state.memory, state.evaluate, state.normals
+        for at, scale, terms, noise, draw, anchor in state.folded[n]:
+            if anchor:
+                state.anchor = x
+            if at is not None:
+                output, ratio = evaluate(at, x), evaluate.ratio[at]
+                memory.append(output if ratio == 0.0 else torch.add(output, x, alpha=ratio))
+            assert state.anchor is not None
+            x = state.anchor * scale
+            for place, weight in terms:
+                x.add_(memory[place], alpha=weight)
+            if noise:
+                assert normals is not None
+                x.add_(normals(draw), alpha=noise)
+        return x, state
