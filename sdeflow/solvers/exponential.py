@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
@@ -62,7 +61,9 @@ class Multistep(DiffusionMethod):
 
 def _order(name: str, order: int, highest: int) -> None:
     if isinstance(order, bool) or order not in range(1, highest + 1):
-        raise InvalidInput(f"{name} has orders 1 to {highest}; got order={order!r}. Write {name}(order={highest}, steps=...)")
+        raise InvalidInput(
+            f"{name} has orders 1 to {highest}; got order={order!r}. Write {name}(order={highest}, steps=...)"
+        )
 
 
 def _choice(owner: str, field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -175,7 +176,9 @@ class DPMSolverPP(Multistep):
         super().__post_init__()
         _order("DPMSolverPP", self.order, 3)
         if self.sde and not self.multistep:
-            raise InvalidInput(f"the SDE methods are multistep; write sf.DPMSolverPP(order={self.order}, steps=..., sde=True)")
+            raise InvalidInput(
+                f"the SDE methods are multistep; write sf.DPMSolverPP(order={self.order}, steps=..., sde=True)"
+            )
 
     @property
     def facts(self) -> Facts:

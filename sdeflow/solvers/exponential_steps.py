@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
+from sdeflow.processes import Process
 from sdeflow.solvers.base import Task
 from sdeflow.solvers.exponential_weights import (
     FLOW,
@@ -85,14 +86,16 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
     strength = scheme.strengths(s.lam, t.lam)
     if scheme.form == "noise":
         exact = linear_noise(s, t)
-        blind = points.alpha[0] == 0.0  # ε̂ says nothing there: D takes the first step
+        blind = _blind(points)
         if blind:
             first = linear_data(s[:1], t[:1])
-            exact = Linear(*(np.append(f, e[1:]) for f, e in ((first.A, exact.A), (first.W, exact.W), (first.noise, exact.noise))))
+            exact = Linear(
+                *(np.append(f, e[1:]) for f, e in ((first.A, exact.A), (first.W, exact.W), (first.noise, exact.noise)))
+            )
     else:
         exact, blind = linear_data(s, t, strength.decay(s.lam, t.lam)), False
-    p, c = _orders(scheme, points, strength.noisy, bool(blind))
-    infinite = not (np.isfinite(s.lam).all() or blind)
+    p, c = _orders(scheme, points, strength.noisy, blind)
+    infinite = not (bool(np.isfinite(s.lam).all()) or blind)
     clock = "share" if infinite and scheme.clock in ("lambda", "rho") else scheme.clock
     weigh = _Weigher(scheme, points, exact, clocks(process, clock), clock)
     predict, correct = weigh.all(p, 0), weigh.all(np.append(0, c[:-1]), 1)
@@ -242,6 +245,15 @@ def _start(form: Form, tableau: Tableau, process, points: Points, n: int, at: _C
     return stages
 
 
+def _blind(points: Points) -> bool:
+    """True where the start is so noisy that x alone tells ε̂ from ε̂: the first step is then taken with D."""
+    return bool(points.alpha[0] < 1e-6 * points.sigma[0])
+
+
+Single = list[tuple[Points, Array, Array]]
+"""For every stage its end, A (n,) and the weights (n, calls so far)."""
+
+
 def singlestep_plan(form: Form, order: int, task: Task, points: Points) -> Plan:
     """Compile the singlestep methods: inner points at r₁ = ½ (order 2) or r₁, r₂ = ⅓, ⅔ (order 3) of the step in λ.
 
@@ -250,41 +262,52 @@ def singlestep_plan(form: Form, order: int, task: Task, points: Points) -> Plan:
     """
     process = task.equation.process
     assert process is not None
-    steps, fractions = len(points) - 1, {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}[order]
-    s, t = points[:-1], points[1:]
-    name = "lambda" if np.isfinite(s.lam).all() else "share"
-    clock = clocks(process, name)
-    low = np.isfinite(t.lam)  # the step to the clean data is one call of D
-    u_s, u_t = clock(s.lam), np.where(low, clock(t.lam), clock(s.lam) + 1.0)
+    steps, at = len(points) - 1, _Calls(points)
+    plan: list[list[Stage]] = []
+    blind = int(form == "noise" and _blind(points))
+    last = steps - (not np.isfinite(points.lam[-1]))  # the step to the clean data is one call of F
+    pieces: list[tuple[Form, int, slice]] = [
+        ("data", order, slice(0, blind)),
+        (form, order, slice(blind, last)),
+        (form, 1, slice(last, steps)),
+    ]
+    wants: list[float] = []
+    for kind, stages, part in pieces:
+        if part.start >= part.stop:
+            continue
+        ends = _single(kind, stages, process, points[:-1][part], points[1:][part])
+        for n in range(part.start, part.stop):
+            i, calls, done = n - part.start, [at.node(n)], []
+            for k, (end, A, weights) in enumerate(ends):
+                done.append(
+                    Stage(calls[-1], float(A[i]), list(zip(calls, weights[i].tolist(), strict=True)), anchor=k == 0)
+                )
+                if k < stages - 1:
+                    calls.append(at.more(float(end.t[i])))
+            plan.append(done)
+        wants += [float(kind == "noise")] * (len(at.t) - len(wants))
+    return compiled(task, at.t, np.array(wants), plan, 0)
+
+
+def _single(form: Form, order: int, process: Process, s: Points, t: Points) -> Single:
+    fractions = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}[order]
+    share = not np.isfinite(s.lam).all()
+    clock = clocks(process, "share" if share else "lambda")
     exact = linear_data if form == "data" else linear_noise
 
     def inner(r: float) -> Points:
-        u = u_s + r * (u_t - u_s)
-        lam = u if name == "lambda" else np.log1p(-u) - np.log(u)
+        u = clock(s.lam) + r * (clock(t.lam) - clock(s.lam))
+        lam = np.log1p(-u) - np.log(u) if share else u
         return Points.at(process, process.time(torch.from_numpy(lam)))
 
     ends = [inner(r) for r in fractions] + [t]
     parts = [exact(s, end) for end in ends]
     weights = [parts[0].W[:, None]]
     if order == 2:
-        weights.append(np.stack([np.zeros(steps), parts[1].W], 1))
+        weights.append(np.stack([np.zeros(len(s)), parts[1].W], 1))
     elif order == 3:
         for i, node in ((1, 0), (2, 1)):  # lines through F at 0 and at inner point `node`
-            part, end = parts[i], ends[i]
-            mu = np.zeros((steps, 2))
-            mu[low] = moments(s[low], end[low], form, clock, 2)
-            second = mu[:, 1] / (fractions[node] / ((*fractions, 1.0)[i]))
-            weights.append(np.stack([part.W - second] + [np.zeros(steps)] * (i - 1) + [second], 1))
-    at, plan = _Calls(points), []
-    for n in range(steps):
-        calls, stages = [at.node(n)], []
-        if not low[n]:
-            plan.append([Stage(calls[0], float(parts[-1].A[n]), [(calls[0], float(parts[-1].W[n]))])])
-            continue
-        for i, (part, w) in enumerate(zip(parts, weights, strict=True)):
-            terms = [(e, float(wi)) for e, wi in zip(calls, w[n], strict=True)]
-            stages.append(Stage(calls[-1], float(part.A[n]), terms, anchor=i == 0))
-            if i < order - 1:
-                calls.append(at.more(float(ends[i].t[n])))
-        plan.append(stages)
-    return compiled(task, at.t, np.full(len(at.t), float(form == "noise")), plan, 0)
+            mu = moments(s, ends[i], form, clock, 2)
+            second = mu[:, 1] / (fractions[node] / (*fractions, 1.0)[i])
+            weights.append(np.stack([parts[i].W - second] + [np.zeros(len(s))] * (i - 1) + [second], 1))
+    return [(end, part.A, w) for end, part, w in zip(ends, parts, weights, strict=True)]

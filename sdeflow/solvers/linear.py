@@ -125,7 +125,9 @@ class Normals:
         x, seeds = self._x, self._seeds
         assert seeds is not None
         index = torch.arange(first, first + n, dtype=torch.int64, device=seeds.device).repeat_interleave(x.shape[0])
-        z = standard_normal(seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device)
+        z = standard_normal(
+            seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device
+        )
         return z.reshape(n, *x.shape)
 
 

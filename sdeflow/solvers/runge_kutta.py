@@ -40,7 +40,9 @@ class RungeKutta(LinearMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.method, Tableau) and self.method not in TABLEAUX:
-            raise InvalidInput(f'method must be one of {", ".join(TABLEAUX)} or a Tableau; got {self.method!r}. Write RungeKutta("rk4", steps=20)')
+            raise InvalidInput(
+                f'method must be one of {", ".join(TABLEAUX)} or a Tableau; got {self.method!r}. Write RungeKutta("rk4", steps=20)'
+            )
 
     @property
     def tableau(self) -> Tableau:
@@ -55,7 +57,9 @@ class RungeKutta(LinearMethod):
     def check(self, task: Task) -> None:
         super().check(task)
         if task.equation.predict is None and (self.denoise or self.chart is not None):
-            raise InvalidInput("chart and denoise need a diffusion equation; leave them out for an Equation of your own")
+            raise InvalidInput(
+                "chart and denoise need a diffusion equation; leave them out for an Equation of your own"
+            )
 
     def times(self, task: Task) -> Tensor:
         if self.grid is None and task.equation.predict is not None:
@@ -93,7 +97,9 @@ def _in_chart(solver: RungeKutta, task: Task, times: Tensor) -> Plan:
     inner = u[:-1, None] + h[:, None] * c
     t = chart.t(inner)
     # nodes as given, not there and back through the clock
-    t, inner = (torch.where(c == 0.0, a[:-1, None], torch.where(c == 1.0, a[1:, None], b)) for a, b in ((times, t), (u, inner)))
+    t, inner = (
+        torch.where(c == 0.0, a[:-1, None], torch.where(c == 1.0, a[1:, None], b)) for a, b in ((times, t), (u, inner))
+    )
     m = chart.m(t)
     scale, gain = (m[:, :1] / m[:, 1:]).tolist(), (h[:, None] / m[:, 1:]).tolist()
     calls, (p, q) = t[:, :-1].flatten(), chart.drift_weights(inner[:, :-1].flatten())

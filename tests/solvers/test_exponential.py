@@ -1,0 +1,169 @@
+"""The exponential family: its identities, its edges and its weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import sdeflow as sf
+
+GRID = sf.UniformLogSNR()
+VP = sf.VP(t_min=1e-2)
+RING = sf.problems.ring(std=0.3)
+
+
+def end(solver, kind="data", process=VP, equation=None, dtype=torch.float64, seed=None, problem=RING):
+    predict = problem.prediction(process, kind)
+    x = process.prior((16, problem.dim), dtype=dtype)
+    return sf.solve(equation(predict) if equation else sf.ProbabilityFlowODE(predict), solver, x, seed=seed).x
+
+
+def reverse(eta):
+    return lambda predict: sf.ReverseSDE(predict, eta=eta)
+
+
+def test_the_first_orders_are_all_ddim():
+    ddim = end(sf.DDIM(steps=12, grid=GRID))
+    for same in (
+        sf.DPMSolverPP(order=1, steps=12, grid=GRID),
+        sf.UniPC(order=1, steps=12, grid=GRID, corrector=False),
+        sf.DEIS(order=1, steps=12, grid=GRID),
+        sf.DPMSolver(order=1, steps=12, grid=GRID),
+        sf.SASolver(predictor=1, corrector=0, steps=12, grid=GRID),
+    ):
+        torch.testing.assert_close(end(same), ddim, rtol=0, atol=1e-13)
+
+
+def test_sa_solver_without_noise_is_the_multistep_ode_solver():
+    assert torch.equal(
+        end(sf.SASolver(predictor=3, corrector=0, steps=12, grid=GRID)),
+        end(sf.DPMSolverPP(order=3, steps=12, grid=GRID, exact=True)),
+    )
+    exact = end(sf.SASolver(predictor=2, corrector=0, steps=12, grid=GRID))
+    assert torch.equal(exact, end(sf.DPMSolverPP(order=2, steps=12, grid=GRID, exact=True)))
+
+
+def test_sde_methods_on_the_flow_are_the_ode_methods():
+    for order in (1, 2, 3):
+        a, b = (end(sf.DPMSolverPP(order=order, steps=9, grid=GRID, sde=sde)) for sde in (True, False))
+        # the SDE solver starts with fewer nodes only where there is noise
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["data", "noise", "score", "v", "flow", "edm"])
+def test_every_kind_of_network_gives_the_same_trajectory(kind):
+    for solver in (sf.DPMSolverPP(order=2, steps=10), sf.DEIS(order=3, steps=10), sf.UniPC(order=3, steps=10)):
+        torch.testing.assert_close(end(solver, kind), end(solver, "data"), rtol=0, atol=1e-10)
+
+
+def test_order_two_is_written_as_the_paper_has_it():
+    times = GRID.times(VP, VP.t_max, VP.t_min, 6)
+    predict = RING.prediction(VP)
+    x = VP.prior((4, 2), dtype=torch.float64)
+    got = sf.solve(sf.ProbabilityFlowODE(predict), sf.DPMSolverPP(order=2, grid=times), x).x
+    older = h0 = None
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        D, h = RING.denoise(x, VP, s), VP.half_log_snr(t) - VP.half_log_snr(s)
+        mean = D if older is None else D + (D - older) / (2.0 * h0 / h)
+        x = VP.sigma(t) / VP.sigma(s) * x - VP.alpha(t) * torch.expm1(-h) * mean
+        older, h0 = D, h
+    torch.testing.assert_close(got, x, rtol=0, atol=1e-12)
+
+
+def test_order_three_has_the_two_that_is_usually_missing():
+    lam = torch.tensor([-2.0, -1.5, -0.7, 0.4], dtype=torch.float64)
+    times = VP.time(lam)
+
+    # D = λ²/2 along the path is integrated exactly by a quadratic, and by nothing that halves the second difference
+    class Quadratic:
+        def __call__(self, x, t):
+            return (0.5 * VP.half_log_snr(t) ** 2)[:, None].expand_as(x)
+
+    predict = sf.DataPrediction(Quadratic(), VP, dtype=torch.float64)
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    states = sf.solve(
+        sf.ProbabilityFlowODE(predict), sf.DPMSolverPP(order=3, grid=times), x, start=times[0].item(), stop=times[-1].item(),
+        save_at=times[2:],
+    ).states  # fmt: skip
+    grid = torch.linspace(lam[2].item(), lam[3].item(), 20001, dtype=torch.float64)
+    integral = torch.trapezoid(grid.exp() * 0.5 * grid**2, grid)
+    sigma = VP.sigma(times)
+    exact = sigma[3] / sigma[2] * states[0] + sigma[3] * integral
+    torch.testing.assert_close(states[1], exact, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("process", [sf.RectifiedFlow(), sf.CosineVP(t_max=1.0)], ids=["flow", "cosine"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **k: sf.DDIM(**k),
+        lambda **k: sf.DPMSolverPP(order=3, **k),
+        lambda **k: sf.DPMSolverPP(order=3, multistep=False, **k),
+        lambda **k: sf.UniPC(order=2, **k),
+        lambda **k: sf.UniPC(order=3, predict="noise", **k),
+        lambda **k: sf.DEIS(order=2, **k),
+        lambda **k: sf.DPMSolver(order=2, **k),
+        lambda **k: sf.SASolver(**k),
+    ],
+)
+def test_alpha_zero_is_an_ordinary_place_to_start(process, make):
+    problem = sf.problems.gaussian(mean=[0.3, -1.0], std=[0.5, 1.5])
+    x = process.prior((8, 2), dtype=torch.float64)
+    truth = problem.flow(x, process, process.t_max, process.t_min)
+    errors = [
+        (sf.solve(sf.ProbabilityFlowODE(problem.prediction(process, "flow")), make(steps=n), x).x - truth).abs().max()
+        for n in (20, 80)
+    ]
+    assert errors[1] < 0.1 and errors[1] < 0.35 * errors[0]
+
+
+def test_data_form_keeps_its_order_from_alpha_zero():
+    process, problem = sf.RectifiedFlow(), sf.problems.gaussian(mean=[0.3], std=[1.5])
+    x = process.prior((4, 1), dtype=torch.float64)
+    truth = problem.flow(x, process, 1.0, process.t_min)
+    grid = sf.InChart(sf.StraightLine(1.0))
+    for solver, order in ((sf.DPMSolverPP, 3), (sf.UniPC, 3)):
+        e = [
+            (
+                sf.solve(
+                    sf.ProbabilityFlowODE(problem.prediction(process)), solver(order=order, steps=n, grid=grid), x
+                ).x
+                - truth
+            )
+            .abs()
+            .max()
+            for n in (40, 80)
+        ]
+        assert math.log2(e[0] / e[1]) > 2.8
+
+
+def test_denoise_is_one_more_counted_step_that_returns_d():
+    predict = RING.prediction(VP)
+    x = VP.prior((3, 2), dtype=torch.float64)
+    for make in (sf.DDIM, lambda **k: sf.DPMSolverPP(order=2, **k), lambda **k: sf.RungeKutta("heun", **k)):
+        plain = sf.solve(sf.ProbabilityFlowODE(predict), make(steps=5), x)
+        clean = sf.solve(sf.ProbabilityFlowODE(predict), make(steps=5, denoise=True), x)
+        torch.testing.assert_close(clean.x, RING.denoise(plain.x, VP, VP.t_min), rtol=0, atol=1e-13)
+        assert clean.calls == plain.calls + 1
+
+
+def test_start_at_sigma_zero_is_refused():
+    process = sf.EDM(t_min=0.0)
+    equation = sf.ProbabilityFlowODE(RING.prediction(process))
+    with pytest.raises(sf.InvalidInput, match="σ = 0"):
+        sf.solve(equation, sf.DDIM(steps=3, grid=sf.UniformTime()), torch.zeros(1, 2), start=0.0, stop=1.0)
+
+
+def test_other_settings_are_refused_with_the_line_to_write():
+    for wrong, line in (
+        (lambda: sf.DPMSolverPP(order=4, steps=3), "order=3"),
+        (lambda: sf.UniPC(order=2, steps=3, variant="bh3"), "bh1, bh2"),
+        (lambda: sf.DDIM(steps=3, eta=2.0), "eta=1.0"),
+        (lambda: sf.SASolver(steps=3, eta=0.5), "ReverseSDE"),
+    ):
+        with pytest.raises(sf.InvalidInput, match=line):
+            wrong()
+    with pytest.raises(sf.InvalidInput, match="eta=0.5"):
+        end(sf.DDIM(steps=3, eta=0.5), equation=reverse(1.0))
