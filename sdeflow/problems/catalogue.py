@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sdeflow.errors import InvalidInput, MissingDependency
 from sdeflow.problems.gaussian import GaussianProblem
-from sdeflow.problems.mixture import Mixture
+from sdeflow.problems.mixture import Array, Mixture
 from sdeflow.problems.problem import Problem
-
-Array = Tensor | np.ndarray | Sequence
 
 
 def gaussian(

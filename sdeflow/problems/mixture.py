@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
+
+Array = Tensor | np.ndarray | Sequence
 
 CHUNK_ELEMENTS = 1 << 23
 """Largest intermediate tensor, in elements; larger batches are worked off in chunks of rows."""
@@ -56,10 +59,10 @@ class Mixture:
     @classmethod
     def of(
         cls,
-        means: Tensor | Sequence,
-        std: float | Tensor | Sequence | None = None,
-        cov: Tensor | Sequence | None = None,
-        weights: Tensor | Sequence | None = None,
+        means: Array,
+        std: float | Array | None = None,
+        cov: Array | None = None,
+        weights: Array | None = None,
     ) -> Mixture:
         """Mixture from means (K, d), one of std and cov, and weights (K,) (equal by default; normalised here).
 
@@ -140,38 +143,48 @@ class Mixture:
             allowed: (batch, K) bool, the components row by row that may have made x (its class); all by default. The
                 weights are those of the whole mixture, so log p is then the joint density of x and the class.
         """
-        tables = self._tables(x.device)
+        log_prob, data, score = self._fields(x, alpha, sigma, allowed, density=True)
+        return Posterior(log_prob, data, score)
+
+    def fields(self, x: Tensor, alpha: Tensor, sigma: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(D, ∇log p) of `posterior`, without the cost of the density."""
+        _, data, score = self._fields(x, alpha, sigma, allowed, density=False)
+        return data, score
+
+    def _fields(
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, allowed: Tensor | None, density: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         work = work_dtype(x.device)
         x, alpha, sigma = x.to(work), alpha.to(work).reshape(-1, 1), sigma.to(work).reshape(-1, 1)
         width = self.components * (1 if self.isotropic else self.dim)
         rows = max(1, CHUNK_ELEMENTS // width)
         if x.shape[0] <= rows:
-            return self._posterior(tables, x, alpha, sigma, allowed)
-        parts = [
-            self._posterior(
-                tables,
-                x[i : i + rows],
-                *(c if len(c) == 1 else c[i : i + rows] for c in (alpha, sigma)),
-                None if allowed is None else allowed[i : i + rows],
-            )
-            for i in range(0, x.shape[0], rows)
-        ]
-        return Posterior(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            return self._chunk(x, alpha, sigma, allowed, density)
+        parts = []
+        for i in range(0, x.shape[0], rows):
+            part = slice(i, i + rows)
+            a, s = (c if c.shape[0] == 1 else c[part] for c in (alpha, sigma))
+            parts.append(self._chunk(x[part], a, s, None if allowed is None else allowed[part], density))
+        log_prob, data, score = (torch.cat(column) for column in zip(*parts, strict=True))
+        return log_prob, data, score
 
-    def _posterior(self, tables: _Tables, x: Tensor, alpha: Tensor, sigma: Tensor, allowed: Tensor | None) -> Posterior:
+    def _chunk(
+        self, x: Tensor, alpha: Tensor, sigma: Tensor, allowed: Tensor | None, density: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tables = self._tables(x.device)
         r = x - alpha * tables.centre
         near = alpha >= sigma  # closer to the data than to the noise: the score is the quantity computed first
-        part = _isotropic if self.isotropic else _general
-        logits, finish = part(tables, r, alpha, sigma, near)
+        form = _isotropic if self.isotropic else _general
+        logits, common, finish = form(tables, r, alpha, sigma, near)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
-        log_prob = torch.logsumexp(logits, 1)
+        log_prob = torch.logsumexp(logits, 1) + common if density else x.new_empty(0)
         first = finish(torch.softmax(logits, 1))  # near: −∇log p; far: D − centre
         # the untaken branch must not divide by 0, or autograd turns it into NaN
         safe_alpha, safe_sigma = torch.where(near, alpha, 1.0), torch.where(near, 1.0, sigma)
         data = torch.where(near, (x - sigma**2 * first) / safe_alpha, tables.centre + first)
         score = torch.where(near, -first, (alpha * (tables.centre + first) - x) / safe_sigma**2)
-        return Posterior(log_prob, data, score)
+        return log_prob, data, score
 
     def _tables(self, device: torch.device) -> _Tables:
         cache: dict[str, _Tables] = self.__dict__.setdefault("_cache", {})
@@ -194,34 +207,39 @@ class _Tables(NamedTuple):
 
     @staticmethod
     def of(mixture: Mixture, device: torch.device) -> _Tables:
+        def put(table: Tensor) -> Tensor:
+            return table.to(device, work_dtype(device)).contiguous()
+
         centre = mixture.weights @ mixture.means
-        means = mixture.means - centre
-        rotated, into, back = means, None, None
+        means, rotated, into, back = mixture.means - centre, mixture.means - centre, None, None
         if mixture.axes is not None:
             rotated = torch.einsum("kd,kde->ke", means, mixture.axes)
-            into = mixture.axes.permute(1, 0, 2).flatten(1)
-            back = mixture.axes.transpose(1, 2).flatten(0, 1)
-        values = (centre, means, rotated, mixture.variances, mixture.weights.log(), into, back)
-        return _Tables(*(None if v is None else v.to(device, work_dtype(device)).contiguous() for v in values))
+            into = put(mixture.axes.permute(1, 0, 2).flatten(1))
+            back = put(mixture.axes.transpose(1, 2).flatten(0, 1))
+        log_weights = mixture.weights.log()
+        return _Tables(put(centre), put(means), put(rotated), put(mixture.variances), put(log_weights), into, back)
 
 
 def _isotropic(tables: _Tables, r: Tensor, alpha: Tensor, sigma: Tensor, near: Tensor):
-    # |r − αm|² expanded, so that nothing is larger than (batch, K) and the work is two matrix products
+    # |r − αm|² expanded: nothing is larger than (batch, K), and the work is two matrix products and a softmax. What all
+    # components share stays out of the (batch, K) table: `common`, to be added to log p
     d = r.shape[1]
     v = tables.variances.T  # (1, K or 1)
     V = alpha**2 * v + sigma**2  # (batch or 1, K or 1)
-    square = (
-        r.square().sum(1, keepdim=True) - 2.0 * alpha * (r @ tables.means.T) + alpha**2 * tables.means.square().sum(1)
-    )
-    logits = tables.log_weights - 0.5 * square / V - 0.5 * d * (2.0 * math.pi * V).log()
+    prior = tables.log_weights - (0.5 * alpha**2 / V) * tables.means.square().sum(1)  # (batch or 1, K)
+    from_r = -0.5 * r.square().sum(1, keepdim=True) / V - 0.5 * d * (2.0 * math.pi * V).log()
+    # near: Σγ(r − αm)/V; far: Σγ(m + αv(r − αm)/V) = Σγ(σ²/V)m + Σγ(αv/V)r
+    on_r = torch.where(near, 1.0, alpha * v) / V
+    on_m = torch.where(near, -alpha, sigma**2) / V
+    if V.shape[1] == 1:
+        logits = ((alpha / V) * r) @ tables.means.T + prior
+        return logits, from_r[:, 0], lambda gamma: on_m * (gamma @ tables.means) + on_r * r
+    logits = (alpha / V) * (r @ tables.means.T) + prior + from_r
 
     def finish(gamma: Tensor) -> Tensor:
-        # near: Σγ(r − αm)/V; far: Σγ(m + αv(r − αm)/V) = Σγ(σ²/V)m + Σγ(αv/V)r
-        on_r = torch.where(near, 1.0, alpha * v) / V
-        on_m = torch.where(near, -alpha, sigma**2) / V
         return (gamma * on_m) @ tables.means + (gamma * on_r).sum(1, keepdim=True) * r
 
-    return logits, finish
+    return logits, 0.0, finish
 
 
 def _general(tables: _Tables, r: Tensor, alpha: Tensor, sigma: Tensor, near: Tensor):
@@ -238,10 +256,10 @@ def _general(tables: _Tables, r: Tensor, alpha: Tensor, sigma: Tensor, near: Ten
         total = q.sum(1) if tables.back is None else q.flatten(1) @ tables.back
         return total + away * (gamma @ tables.means)
 
-    return logits, finish
+    return logits, 0.0, finish
 
 
-def _variances(std: float | Tensor | Sequence | None, shape: torch.Size) -> tuple[Tensor, None]:
+def _variances(std: float | Array | None, shape: torch.Size) -> tuple[Tensor, None]:
     s = torch.as_tensor(std, dtype=torch.float64).detach().cpu()
     K, d = shape
     if s.ndim == 1 and s.shape[0] == K:
@@ -259,7 +277,7 @@ def _variances(std: float | Tensor | Sequence | None, shape: torch.Size) -> tupl
     return s.square(), None
 
 
-def _eigen(cov: Tensor | Sequence, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def _eigen(cov: Array, shape: torch.Size) -> tuple[Tensor, Tensor]:
     C = torch.as_tensor(cov, dtype=torch.float64).detach().cpu()
     K, d = shape
     if C.shape not in ((d, d), (K, d, d)):

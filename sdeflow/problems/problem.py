@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,12 +18,15 @@ from sdeflow.predictions import (
     ScorePrediction,
     VPrediction,
 )
-from sdeflow.problems.mixture import Mixture, Posterior
+from sdeflow.problems.mixture import Mixture
 from sdeflow.processes import Process, Time, as_time, expand
 from sdeflow.random import sample_seeds, standard_normal, uniform
 
 COMPONENT_STREAM, DATA_STREAM = 101, 102
 """Random streams of `Problem.sample`, apart from those of priors and solves, so that one seed never reuses a number."""
+
+KINDS = ("data", "noise", "score", "v", "flow", "edm")
+"""What an exact network can return."""
 
 Seed = int | Sequence[int] | Tensor
 
@@ -83,18 +86,17 @@ class Problem:
 
     def log_prob(self, x: Tensor, process: Process | None = None, t: Time | None = None) -> Tensor:
         """log p_t(x) in nats, (batch,), float64: the density of the data, or of x_t when a process and t are given."""
-        posterior, _, _ = self._posterior(x, process, t)
-        return posterior.log_prob
+        return self.mixture.posterior(*self._at(x, process, t)).log_prob
 
     def score(self, x: Tensor, process: Process, t: Time) -> Tensor:
         """∇ log p_t(x), shape and dtype of x; uncounted (see `prediction` for the counted network)."""
-        posterior, _, _ = self._posterior(x, process, t)
-        return posterior.score.reshape(x.shape).to(x.dtype)
+        _, score = self.mixture.fields(*self._at(x, process, t))
+        return score.reshape(x.shape).to(x.dtype)
 
     def denoise(self, x: Tensor, process: Process, t: Time) -> Tensor:
         """D(x, t) = E[x_0 | x_t = x], shape and dtype of x; uncounted."""
-        posterior, _, _ = self._posterior(x, process, t)
-        return posterior.data.reshape(x.shape).to(x.dtype)
+        data, _ = self.mixture.fields(*self._at(x, process, t))
+        return data.reshape(x.shape).to(x.dtype)
 
     def moments(self, process: Process | None = None, t: Time | None = None) -> tuple[Tensor, Tensor]:
         """Exact mean (d,) and covariance (d, d) of the data, or of x_t: α m and α² C + σ² I; float64."""
@@ -188,21 +190,16 @@ class Problem:
         u = uniform(seeds, (), stream=COMPONENT_STREAM, dtype=torch.float64, device="cpu")
         return torch.searchsorted(self.mixture.weights.cumsum(0), u, right=True).clamp_max(self.mixture.components - 1)
 
-    def _posterior(
-        self, x: Tensor, process: Process | None, t: Time | None, label: int | Tensor | None = None
-    ) -> tuple[Posterior, Tensor, Tensor]:
+    def _at(self, x: Tensor, process: Process | None, t: Time | None) -> tuple[Tensor, Tensor, Tensor]:
         flat = flatten(x, self.dim, self.name)
         if (process is None) != (t is None):
             raise InvalidInput(
                 "give both process and t, as in problem.log_prob(x, process, t), or neither for the density of the data"
             )
         if process is None or t is None:
-            alpha, sigma = as_time(1.0, x.device), as_time(0.0, x.device)
-        else:
-            t = as_time(t, x.device)
-            alpha, sigma = process.alpha(t), process.sigma(t)
-        allowed = None if label is None else self.allowed(label, x.shape[0], x.device)
-        return self.mixture.posterior(flat, alpha, sigma, allowed), alpha, sigma
+            return flat, as_time(1.0, x.device), as_time(0.0, x.device)
+        t = as_time(t, x.device)
+        return flat, process.alpha(t), process.sigma(t)
 
 
 class ExactNetwork:
@@ -214,9 +211,9 @@ class ExactNetwork:
 
     def __init__(self, problem: Problem, process: Process, kind: str = "data", sigma_data: float = 0.5):
         kind = {"velocity": "flow"}.get(kind, kind)
-        if kind not in _OUTPUTS:
+        if kind not in KINDS:
             raise InvalidInput(
-                f"kind must be one of {', '.join(_OUTPUTS)}; got {kind!r}. Write problem.prediction(process, kind='data')"
+                f"kind must be one of {', '.join(KINDS)}; got {kind!r}. Write problem.prediction(process, kind='data')"
             )
         self.problem, self.process, self.kind, self.sigma_data = problem, process, kind, sigma_data
         self.__name__ = f"{problem.name}:{kind}"
@@ -226,13 +223,25 @@ class ExactNetwork:
         if t.ndim == 1 and t.shape[0] and t.stride(0) == 0:
             t = t[0]  # one time for all rows: coefficients are then computed once
         if self.kind == "edm":
-            output = self._edm(x, t, label)
+            return self._edm(x, t, label).reshape(x.shape).to(x.dtype)
+        flat = flatten(x, self.problem.dim, self.problem.name)
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        D, s = self.problem.mixture.fields(flat, alpha, sigma, self._allowed(label, x))
+        alpha, sigma = expand(alpha, D), expand(sigma, D)
+        if self.kind == "data":
+            output = D
+        elif self.kind == "score":
+            output = s
+        elif self.kind == "noise":
+            output = -sigma * s
+        elif self.kind == "v":
+            output = -sigma * (alpha * s + D)
         else:
-            posterior, alpha, sigma = self.problem._posterior(x, self.process, t, label)
-            output = _OUTPUTS[self.kind](
-                self.process, t, expand(alpha, posterior.data), expand(sigma, posterior.data), posterior
-            )
+            output = expand(self.process.alpha_dot(t), D) * D - expand(self.process.sigma_dot(t), D) * sigma * s
         return output.reshape(x.shape).to(x.dtype)
+
+    def _allowed(self, label: int | Tensor | None, x: Tensor) -> Tensor | None:
+        return None if label is None else self.problem.allowed(label, x.shape[0], x.device)
 
     def _edm(self, x: Tensor, t: Tensor, label: int | Tensor | None) -> Tensor:
         # F knows ρ alone: take α = cos θ, σ = sin θ with tan θ = ρ, finite even where α = 0. From D = skip·x + out·F and
@@ -242,26 +251,11 @@ class ExactNetwork:
         norm = (sigma**2 + (self.sigma_data * alpha) ** 2).sqrt()
         flat = flatten(x, self.problem.dim, self.problem.name)
         flat = flat.to(norm.dtype) * norm.reshape(-1, 1)
-        allowed = None if label is None else self.problem.allowed(label, x.shape[0], x.device)
-        p = self.problem.mixture.posterior(flat, alpha, sigma, allowed)
+        D, s = self.problem.mixture.fields(flat, alpha, sigma, self._allowed(label, x))
         alpha, sigma, norm = (c.reshape(-1, 1) for c in (alpha, sigma, norm))
-        return (sigma * p.data + self.sigma_data**2 * alpha * sigma * p.score) / (self.sigma_data * norm)
+        return sigma * (D + self.sigma_data**2 * alpha * s) / (self.sigma_data * norm)
 
 
-def _flow(process: Process, t: Tensor, alpha: Tensor, sigma: Tensor, p: Posterior) -> Tensor:
-    da, ds = expand(process.alpha_dot(t), p.data), expand(process.sigma_dot(t), p.data)
-    return da * p.data - ds * sigma * p.score
-
-
-_Output = Callable[[Process, Tensor, Tensor, Tensor, Posterior], Tensor]
-_OUTPUTS: dict[str, _Output] = {
-    "data": lambda process, t, alpha, sigma, p: p.data,
-    "noise": lambda process, t, alpha, sigma, p: -sigma * p.score,
-    "score": lambda process, t, alpha, sigma, p: p.score,
-    "v": lambda process, t, alpha, sigma, p: -alpha * sigma * p.score - sigma * p.data,
-    "flow": _flow,
-    "edm": _flow,
-}
 _PREDICTIONS = {
     "data": DataPrediction,
     "noise": NoisePrediction,
@@ -275,7 +269,8 @@ def flatten(x: Tensor, dim: int, name: str) -> Tensor:
     """x (batch, *event) as (batch, d), checked."""
     if x.ndim < 2 or not x.is_floating_point() or x.shape[1:].numel() != dim:
         raise InvalidInput(
-            f"{name} takes a floating x of shape (batch, {dim}); got {x.dtype} of shape {tuple(x.shape)}. Write problem.sample(n) or process.prior((n, {dim}))"
+            f"{name} takes a floating x of shape (batch, {dim}); got {x.dtype} of shape {tuple(x.shape)}. "
+            f"Write problem.sample(n) or process.prior((n, {dim}))"
         )
     return x.reshape(x.shape[0], dim)
 

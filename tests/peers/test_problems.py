@@ -27,6 +27,7 @@ def test_full_mixture_density_and_labels_are_the_gaussian_mixtures():
     problem = sf.problems.mixture64()
     m = problem.mixture
     peer = GaussianMixture(m.components, covariance_type="full")
+    assert m.axes is not None
     cov = m.axes @ torch.diag_embed(m.variances) @ m.axes.mT
     peer.weights_, peer.means_, peer.covariances_ = m.weights.numpy(), m.means.numpy(), cov.numpy()
     peer.precisions_cholesky_ = torch.linalg.cholesky(torch.linalg.inv(cov)).numpy()
