@@ -103,7 +103,7 @@ class Record:
             for name in ("evaluations_mean", "accepted_mean", "rejected_mean", "wall_time"):
                 data[name] = math.nan if data[name] is None else data[name]
             return cls(**data)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, InvalidInput):
                 raise
             raise InvalidInput(f"not a record: {error}. Records are lines written by Record.to_json()") from error
@@ -213,8 +213,12 @@ def describe_equation(equation: Equation) -> dict[str, Any]:
 
 
 def _steps(values: Tensor) -> Tensor:
-    # one machine's last bits are not another's: a digest is of the numbers on a grid of a millionth of the largest
-    return (values / values.abs().max().clamp_min(1e-300) * 1e6).round().to(torch.int64)
+    # one machine's last bits are not another's: a digest is of the largest number to 6 digits, and of all in millionths of it
+    values = values.to(torch.float64).flatten()
+    largest = values.abs().max().clamp_min(1e-300)
+    return torch.cat(
+        [(values / largest * 1e6).round(), torch.tensor([float(f"{largest.item():.5e}")], dtype=torch.float64)]
+    )
 
 
 def digest(*tensors: Tensor) -> str:
