@@ -8,7 +8,9 @@ from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometr
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
 from sdeflow.grids import Discrete, InChart, Karras, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
-from sdeflow.guidance import ClassifierFree, ClassifierGuidance, Conditioned, Inpaint
+from sdeflow.guidance import ClassifierFree, ClassifierGuidance, Inpaint
+from sdeflow.likelihood import Likelihood, bits_per_dim, decode, encode, log_likelihood
+from sdeflow.networks import Checkpointed, Conditioned
 from sdeflow.predictions import (
     DataPrediction,
     EDMPrediction,
@@ -33,6 +35,7 @@ __all__ = [
     "EDM",
     "VE",
     "VP",
+    "Checkpointed",
     "ClassifierFree",
     "ClassifierGuidance",
     "Conditioned",
@@ -51,6 +54,7 @@ __all__ = [
     "Inpaint",
     "InvalidInput",
     "Karras",
+    "Likelihood",
     "LogSNR",
     "MissingDependency",
     "Nodes",
@@ -78,6 +82,10 @@ __all__ = [
     "UniformLogSNR",
     "UniformTime",
     "VPrediction",
+    "bits_per_dim",
+    "decode",
+    "encode",
+    "log_likelihood",
     "problems",
     "sample_seeds",
     "solve",

@@ -18,61 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow import counting
 from sdeflow.errors import InvalidInput
-from sdeflow.predictions import Network, Prediction, VPrediction
+from sdeflow.networks import Conditioned, rows_of
+from sdeflow.predictions import Prediction, VPrediction
 from sdeflow.processes import Time, as_time, expand
 
 Interval = tuple[float, float]
-
-
-class Conditioned(torch.nn.Module):
-    """`network(x, t, **conditions)` as a `network(x, t)`.
-
-    Args:
-        network: called as network(x, t, **conditions).
-        conditions: a number or 0-d tensor holds for all samples; a tensor (batch, …) holds one row a sample, and rows
-            follow their samples when finished ones leave the batch; a dict holds any of these; anything else is passed
-            on as it is.
-
-    Example:
-        >>> sf.NoisePrediction(sf.Conditioned(network, label=torch.tensor([3, 5])), process)
-    """
-
-    def __init__(self, network: Network, **conditions: Any):
-        super().__init__()
-        if not callable(network):
-            raise InvalidInput(f"network must be callable as network(x, t, ...); got {type(network).__name__}")
-        self.network, self.conditions = network, conditions
-
-    def __repr__(self) -> str:
-        return f"Conditioned({type(self.network).__name__}, {', '.join(self.conditions)})"
-
-    def rows(self, x: Tensor) -> dict[str, Any]:
-        """The conditions of the samples now in the batch x (batch, *event); numbers become (batch,) tensors."""
-        return {name: _rows(value, x, name) for name, value in self.conditions.items()}
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.network(x, t, **self.rows(x))
-
-
-def _rows(value: Any, x: Tensor, name: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _rows(entry, x, f"{name}.{key}") for key, entry in value.items()}
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        return value
-    value = torch.as_tensor(value, device=x.device)
-    if value.ndim == 0:
-        return value.expand(x.shape[0])
-    counter = counting.current()
-    if counter is not None and counter.rows is not None and value.shape[0] == counter.batch:
-        value = value[counter.rows.to(value.device)]
-    if value.shape[0] != x.shape[0]:
-        raise InvalidInput(
-            f"{name} holds {value.shape[0]} rows for a batch of {x.shape[0]}; give one row a sample, or one number for "
-            "all"
-        )
-    return value
 
 
 class Guided(Prediction):
@@ -166,7 +117,7 @@ class ClassifierFree(Guided):
         else:
             both = t if t.ndim == 0 else torch.cat([t, t])
             null, given = self._output(self._joint, torch.cat([x, x]), both).chunk(2)
-        scale = self.scale if isinstance(self.scale, float) else _column(_rows(self.scale, x, "scale"), x)
+        scale = self.scale if isinstance(self.scale, float) else _column(rows_of(self.scale, x, "scale"), x)
         out = null + scale * (given - null)
         if self.rescale:
             ratio = _std(given) / _std(out)
@@ -218,7 +169,7 @@ class ClassifierGuidance(Guided):
         weight = -sigma * (alpha**2 + sigma**2) / torch.where(alpha > 0, alpha, torch.inf)
         if inside is not True:
             weight = torch.where(inside, weight, 0.0)
-        scale = self.scale if isinstance(self.scale, float) else _column(_rows(self.scale, x, "scale"), x)
+        scale = self.scale if isinstance(self.scale, float) else _column(rows_of(self.scale, x, "scale"), x)
         return v + scale * expand(weight, x) * self.gradient(x, t)
 
     def gradient(self, x: Tensor, t: Tensor) -> Tensor:
@@ -272,7 +223,7 @@ class Inpaint(Guided):
 
 def _event(value: Tensor, x: Tensor, name: str) -> Tensor:
     if value.ndim == x.ndim and value.shape[0] != 1:
-        value = _rows(value, x, name)
+        value = rows_of(value, x, name)
     return value.to(x.device, x.dtype)
 
 

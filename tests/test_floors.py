@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "sdeflow"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("counting", "random", "solution"),
-    ("processes", "brownian"),
+    ("processes", "brownian", "networks"),
     ("predictions",),
     ("charts", "guidance"),
     ("grids", "equations"),

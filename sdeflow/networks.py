@@ -1,0 +1,88 @@
+"""Networks made of networks: conditions bound to them, activations recomputed instead of kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sdeflow import counting
+from sdeflow.errors import InvalidInput
+
+
+class Conditioned(torch.nn.Module):
+    """`network(x, t, **conditions)` as a `network(x, t)`.
+
+    Args:
+        network: called as network(x, t, **conditions).
+        conditions: a number or 0-d tensor holds for all samples; a tensor (batch, …) holds one row a sample, and rows
+            follow their samples when finished ones leave the batch; a dict holds any of these; anything else is passed
+            on as it is.
+
+    Example:
+        >>> sf.NoisePrediction(sf.Conditioned(network, label=torch.tensor([3, 5])), process)
+    """
+
+    def __init__(self, network: Any, **conditions: Any):
+        super().__init__()
+        if not callable(network):
+            raise InvalidInput(f"network must be callable as network(x, t, ...); got {type(network).__name__}")
+        self.network, self.conditions = network, conditions
+
+    def __repr__(self) -> str:
+        return f"Conditioned({type(self.network).__name__}, {', '.join(self.conditions)})"
+
+    def rows(self, x: Tensor) -> dict[str, Any]:
+        """The conditions of the samples now in the batch x (batch, *event); numbers become (batch,) tensors."""
+        return {name: rows_of(value, x, name) for name, value in self.conditions.items()}
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.network(x, t, **self.rows(x))
+
+
+class Checkpointed(torch.nn.Module):
+    """A network whose activations are recomputed in the backward pass instead of kept: memory for a second forward pass.
+
+    The recomputation is not counted: it happens after the solve.
+
+    Example:
+        >>> predict = sf.NoisePrediction(sf.Checkpointed(network), process)
+        >>> sf.solve(sf.ProbabilityFlowODE(predict), solver, x, gradients=True).x.sum().backward()
+    """
+
+    def __init__(self, network: Any):
+        super().__init__()
+        if not callable(network):
+            raise InvalidInput(f"network must be callable as network(x, t); got {type(network).__name__}")
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return checkpoint(self.network, x, t, use_reentrant=False) if torch.is_grad_enabled() else self.network(x, t)
+
+
+def rows_of(value: Any, x: Tensor, name: str) -> Any:
+    """The rows of a per-sample value that belong to the samples now in x (batch, *event).
+
+    A number or 0-d tensor becomes a (batch,) tensor; what is no number, tensor or dict is returned as it is.
+
+    Raises:
+        InvalidInput: a tensor with another number of rows than x.
+    """
+    if isinstance(value, dict):
+        return {key: rows_of(entry, x, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        return value
+    value = torch.as_tensor(value, device=x.device)
+    if value.ndim == 0:
+        return value.expand(x.shape[0])
+    counter = counting.current()
+    if counter is not None and counter.rows is not None and value.shape[0] == counter.batch:
+        value = value[counter.rows.to(value.device)]
+    if value.shape[0] != x.shape[0]:
+        raise InvalidInput(
+            f"{name} holds {value.shape[0]} rows for a batch of {x.shape[0]}; give one row a sample, or one number for "
+            "all"
+        )
+    return value
