@@ -124,16 +124,22 @@ def _potentials(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return integrate(a, rank_a, 1.0), integrate(b, rank_b, -1.0)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """√(2E|X−Y| − E|X−X′| − E|Y−Y′|) of the two empirical laws, Euclidean norm (Székely & Rizzo 2013)."""
-    return math.sqrt(max(_energy(*_rows(x, y))[0], 0.0))
+def energy_distance(x: Tensor, y: Tensor, unbiased: bool = True) -> float:
+    """√(2E|X−Y| − E|X−X′| − E|Y−Y′|) of two laws, Euclidean norm (Székely & Rizzo 2013), from samples of them.
+
+    Args:
+        x, y: (n, *event) and (m, *event).
+        unbiased: leave a sample's distance to itself out of E|X−X′|, which makes the square unbiased: 0 on average for equal laws (the root of a
+            negative square is given as 0). False is the distance of the two empirical laws; in high dimensions it is mostly bias.
+    """
+    return math.sqrt(max(_energy(*_rows(x, y), unbiased)[0], 0.0))
 
 
 def energy_distance_estimate(
     x: Tensor, y: Tensor, floor: float, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Energy distance with a bootstrap interval over the rows of both samples, by its influence functions."""
-    square, phi, psi = _energy(*_rows(x, y))
+    """Unbiased `energy_distance` with a bootstrap interval over the rows of both samples, by its influence functions."""
+    square, phi, psi = _energy(*_rows(x, y), unbiased=True)
     value = math.sqrt(max(square, 0.0))
 
     def statistic(mean_phi: Tensor, mean_psi: Tensor) -> Tensor:
@@ -143,10 +149,13 @@ def energy_distance_estimate(
     return Estimate("energy_distance", value, low, high, floor, value > floor)
 
 
-def _energy(x: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
+def _energy(x: Tensor, y: Tensor, unbiased: bool) -> tuple[float, Tensor, Tensor]:
+    """The squared energy distance, and its centred influence functions at the rows of x and of y."""
     xy, xx, yy = torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)
-    square = 2.0 * xy.mean() - xx.mean() - yy.mean()
-    phi, psi = 2.0 * (xy.mean(1) - xx.mean(1)), 2.0 * (xy.mean(0) - yy.mean(1))
+    own = 1 if unbiased else 0
+    to_x, to_y = xx.sum(1) / (x.shape[0] - own), yy.sum(1) / (y.shape[0] - own)
+    square = 2.0 * xy.mean() - to_x.mean() - to_y.mean()
+    phi, psi = 2.0 * (xy.mean(1) - to_x), 2.0 * (xy.mean(0) - to_y)
     return square.item(), phi - phi.mean(), psi - psi.mean()
 
 
