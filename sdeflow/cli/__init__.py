@@ -1,0 +1,1 @@
+"""The command line. `strings` turns text into objects, `plan` objects into runs, `app` is what typer shows."""
