@@ -42,8 +42,8 @@ class Counter:
         self.rows = rows
 
     def record(self, n: int) -> None:
-        """Count one forward pass over a batch of n rows: k·(samples in the batch), k > 1 when guidance stacks "
-        "copies."""
+        """Count one forward pass over a batch of n rows: k·(samples in the batch), k > 1 when guidance stacks
+        copies."""
         if self.limit is not None and self.calls >= self.limit:
             raise CallLimitReached(self.limit)
         active = self.batch if self.rows is None else self.rows.shape[0]

@@ -101,8 +101,8 @@ class Equation:
         return value
 
     def diffusion(self, t: Time, x: Tensor) -> Tensor:
-        """diffusion(t, x) in x's dtype: broadcastable to x, or (batch, d, m) for general noise; zeros (0-d) for an "
-        "ODE."""
+        """diffusion(t, x) in x's dtype: broadcastable to x, or (batch, d, m) for general noise; zeros (0-d) for an
+        ODE."""
         if self._diffusion is None:
             return x.new_zeros(())
         value = self._diffusion(as_time(t, x.device), x)
@@ -180,8 +180,8 @@ class ReverseSDE(_DiffusionEquation):
 
 
 class ProbabilityFlowODE(ReverseSDE):
-    """dx = [f x − ½ g² s] dt = (α̇D + σ̇ε̂) dt: the deterministic flow with the process's marginals (Song et al. "
-    "2021, eq. 13)."""
+    """dx = [f x − ½ g² s] dt = (α̇D + σ̇ε̂) dt: the deterministic flow with the process's marginals (Song et al.
+    2021, eq. 13)."""
 
     def __init__(self, predict: Prediction):
         super().__init__(predict, eta=0.0)

@@ -95,8 +95,8 @@ class UniformTime(Grid):
 
 @dataclass(frozen=True)
 class UniformLogSNR(Grid):
-    """Uniform in λ = log(α/σ). Where the interval reaches α = 0 the first step spans from there to `lowest`, the "
-    "rest is uniform."""
+    """Uniform in λ = log(α/σ). Where the interval reaches α = 0 the first step spans from there to `lowest`, the
+    rest is uniform."""
 
     lowest: float = -6.0
 

@@ -83,8 +83,8 @@ class Prediction(ABC):
         return self.call(x, self.network_time(t.expand(x.shape[0])))
 
     def call(self, x: Tensor, network_time: Tensor) -> Tensor:
-        """The network at (scaled) x and its own time (batch,): casts, counts and checks; for solvers that prepared "
-        "both."""
+        """The network at (scaled) x and its own time (batch,): casts, counts and checks; for solvers that prepared
+        both."""
         dtype = self._compute_dtype(x)
         if network_time.is_floating_point():
             network_time = network_time.to(dtype if dtype.itemsize >= 4 else torch.float32)
@@ -163,8 +163,8 @@ class ScorePrediction(Prediction):
 
 
 class VPrediction(Prediction):
-    """The network returns v = αε̂ − σD (Salimans & Ho 2022); for any process D = (αx − σv)/(α²+σ²), ε̂ = (σx + "
-    "αv)/(α²+σ²)."""
+    """The network returns v = αε̂ − σD (Salimans & Ho 2022); for any process D = (αx − σv)/(α²+σ²), ε̂ = (σx +
+    αv)/(α²+σ²)."""
 
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)

@@ -196,8 +196,8 @@ class FixedStep(Solver):
 
 
 def merge(times: Tensor, extra: Tensor) -> Tensor:
-    """Nodes with the extra times among them, in order of travel; an extra time next to a node (1e-12 of the span) "
-    "replaces it."""
+    """Nodes with the extra times among them, in order of travel; an extra time next to a node (1e-12 of the span)
+    replaces it."""
     span = (times[-1] - times[0]).abs()
     far = (times[:, None] - extra[None, :]).abs().amin(1) > 1e-12 * span
     far[0], far[-1] = True, True
