@@ -1,45 +1,116 @@
-"""Counter-based random numbers keyed by one seed a sample (interim: SplitMix64; replaced by a published "
-"counter-based generator)."""
+"""Counter-based random numbers keyed by one seed a sample: SplitMix64 in torch's wrapping int64 arithmetic.
+
+Word number c of the generator with state s and odd increment γ is mix64(s + (c + 1) γ), so any word is had at once. A (seed,
+stream) pair has the generator that `SplittableRandom(seed + stream·S).split()` returns: its own s and its own γ. The integers
+are the same on every device; the transform to floats comes after.
+
+Sources: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (the generator, its γ, its tests:
+DieHarder and TestU01's BigCrush, single and split); Box & Muller 1958.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
 
+BLOCK = 1 << 15
+"""Words made at once: small enough to stay in a core's cache, large enough to hide the cost of a torch call."""
 
-def _i64(value: int) -> int:
+
+def _signed(value: int) -> int:
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _shift(x: Tensor, n: int) -> Tensor:
-    return (x >> n) & ((1 << (64 - n)) - 1)
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+_STREAM = _signed(0xD1B54A32D192ED03)
+_MIX = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_MURMUR = _signed(0xFF51AFD7ED558CCD), _signed(0xC4CEB9FE1A85EC53)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = x + _i64(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _i64(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _i64(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+def _fold_(z: Tensor, n: int, scratch: Tensor) -> Tensor:
+    """z ^= z >>> n, in place; torch's shift keeps the sign, so the mask takes it off."""
+    torch.bitwise_right_shift(z, n, out=scratch)
+    scratch.bitwise_and_((1 << (64 - n)) - 1)
+    return z.bitwise_xor_(scratch)
+
+
+def mix64_(z: Tensor) -> Tensor:
+    """SplitMix64's output function, in place on int64 words of any shape (Stafford's variant 13)."""
+    scratch = torch.empty_like(z)
+    _fold_(z, 30, scratch).mul_(_MIX[0])
+    _fold_(z, 27, scratch).mul_(_MIX[1])
+    return _fold_(z, 31, scratch)
+
+
+def _mix_gamma(z: Tensor) -> Tensor:
+    """SplittableRandom's increment: odd, and with at least 24 changes from bit to bit."""
+    z, scratch = z.clone(), torch.empty_like(z)
+    _fold_(z, 33, scratch).mul_(_MURMUR[0])
+    _fold_(z, 33, scratch).mul_(_MURMUR[1])
+    _fold_(z, 33, scratch).bitwise_or_(1)
+    changes = _fold_(z.clone(), 1, scratch)
+    few = sum((changes >> bit) & 1 for bit in range(64)) < 24
+    return torch.where(few, z ^ _signed(0xAAAAAAAAAAAAAAAA), z)
+
+
+class Key(NamedTuple):
+    """One generator a sample: state s and odd increment γ, int64 (batch,)."""
+
+    state: Tensor
+    gamma: Tensor
+
+    @classmethod
+    def of(cls, seeds: Tensor, stream: int = 0) -> Key:
+        """The generators of (seed, stream), seeds int64 (batch,)."""
+        root = seeds + _signed(stream * _STREAM)
+        return cls(mix64_(root + GOLDEN), _mix_gamma(root + _signed(2 * GOLDEN)))
+
+    def words(self, counter: Tensor) -> Tensor:
+        """Words number `counter`, int64 broadcastable against (batch, n): int64 (batch, n)."""
+        return mix64_(self.state[:, None] + (counter + 1) * self.gamma[:, None])
+
+
+def normal_pair_(words: Tensor, first: Tensor, second: Tensor) -> None:
+    """Box–Muller: √(−2 ln u)·(cos 2πv, sin 2πv), from contiguous 64-bit words into two tensors of their shape.
+
+    u is the high half, at (k + ½)/2³², v the low half. The logarithm is taken in float64 whatever the dtype of the results is,
+    since ln u near u = 1 has no accuracy in float32.
+    """
+    wide = torch.float32 if words.device.type == "mps" else torch.float64
+    halves = words.view(torch.int32).view(*words.shape, 2)
+    # the signed half plus 2³¹ runs over 0 … 2³² − 1
+    radius = halves[..., 1].to(wide).add_(2.0**31 + 0.5).mul_(2.0**-32).log_().mul_(-2.0).to(first.dtype).sqrt_()
+    angle = halves[..., 0].to(first.dtype).add_(0.5).mul_(math.pi * 2.0**-31)
+    torch.cos(angle, out=first).mul_(radius)
+    torch.sin(angle, out=second).mul_(radius)
 
 
 def sample_seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """One int64 seed a sample: derived from an integer and the row, or the given ones."""
+    """One seed a sample, int64 (batch,).
+
+    An integer gives the SplitMix64 sequence started from it, so row i depends on the integer and i alone; a sequence or
+    integer tensor (batch,) gives itself.
+
+    Raises:
+        InvalidInput: the seeds are not `batch` integers.
+    """
     if isinstance(seed, int):
-        rows = torch.arange(batch, dtype=torch.int64, device=device)
-        return _mix(_mix(torch.full_like(rows, _i64(seed))) + rows)
-    seeds = torch.as_tensor(seed, device=device)
-    if seeds.shape != (batch,) or seeds.is_floating_point():
+        rows = torch.arange(1, batch + 1, dtype=torch.int64, device=device)
+        return mix64_(rows * GOLDEN + _signed(seed))
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([_signed(s) if isinstance(s, int) else s for s in seed])
+    if seed.shape != (batch,) or seed.is_floating_point():
         raise InvalidInput(
-            f"seed must be an integer or {batch} integers, one a sample; got shape {tuple(seeds.shape)} of "
-            f"{seeds.dtype}"
+            f"seed must be an integer or {batch} integers, one a sample; got shape {tuple(seed.shape)} of {seed.dtype}"
         )
-    return seeds.long()
+    return seed.to(device, torch.int64)
 
 
 def uniform(
@@ -48,14 +119,23 @@ def uniform(
     index: int | Tensor = 0,
     stream: int = 0,
     dtype: torch.dtype = torch.float64,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniforms in (0, 1), (batch, *shape)."""
-    n = math.prod(shape)
-    index = torch.as_tensor(index, dtype=torch.int64, device=seeds.device)
-    key = _mix(_mix(seeds + _i64(0xD1B54A32D192ED03 * (stream + 1))) + index)
-    bits = _mix(key[:, None] + torch.arange(n, dtype=torch.int64, device=seeds.device) * _i64(0xA24BAED4963EE407))
-    return ((_shift(bits, 11).double() + 0.5) * 2.0**-53).to(dtype).reshape(-1, *shape)
+    """Uniforms (k + ½)/2⁵³ in (0, 1), (batch, *shape), k the top 53 bits of word index·2³² + element.
+
+    Args:
+        seeds: int64 (batch,), one a sample (`sample_seeds`).
+        shape: event shape.
+        index: number of the draw, or one a sample (batch,).
+        stream: keeps draws made for different ends apart.
+        dtype, device: of the result; default device: that of the seeds. Computed in float64, then cast.
+    """
+    words = _words(seeds, math.prod(shape), index, stream, device)
+    if words.device.type == "mps":
+        value = ((words >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    else:
+        value = ((words >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+    return value.to(dtype).reshape(seeds.shape[0], *shape)
 
 
 def standard_normal(
@@ -64,8 +144,29 @@ def standard_normal(
     index: int | Tensor = 0,
     stream: int = 0,
     dtype: torch.dtype = torch.float64,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals, (batch, *shape)."""
-    u = uniform(seeds, (2, *shape), index, stream)
-    return ((-2.0 * u[:, 0].log()).sqrt() * (2.0 * math.pi * u[:, 1]).cos()).to(dtype)
+    """Standard normals, (batch, *shape): elements 2k and 2k + 1 are the Box–Muller pair of word index·2³² + k.
+
+    A value depends on (seed, stream, index, element) alone. Arguments as for `uniform`.
+    """
+    n = math.prod(shape)
+    words = _words(seeds, (n + 1) // 2, index, stream, device)
+    wide = torch.float32 if words.device.type == "mps" else torch.float64
+    first, second = (torch.empty(words.shape, dtype=wide, device=words.device) for _ in range(2))
+    normal_pair_(words, first, second)
+    return torch.stack([first, second], -1).flatten(1)[:, :n].to(dtype).reshape(seeds.shape[0], *shape)
+
+
+def _words(seeds: Tensor, n: int, index: int | Tensor, stream: int, device: torch.device | str | None) -> Tensor:
+    seeds = seeds.to(device or seeds.device)
+    if seeds.ndim != 1 or seeds.dtype != torch.int64:
+        raise InvalidInput(
+            f"seeds must be int64 of shape (batch,); got {seeds.dtype} of {tuple(seeds.shape)}. Write "
+            "sf.sample_seeds(seed, batch)"
+        )
+    draw = torch.as_tensor(index, dtype=torch.int64, device=seeds.device)
+    if draw.ndim and draw.shape != seeds.shape:
+        raise InvalidInput(f"index must be an integer or of shape {tuple(seeds.shape)}; got {tuple(draw.shape)}")
+    elements = torch.arange(n, dtype=torch.int64, device=seeds.device)
+    return Key.of(seeds, stream).words((draw << 32).reshape(-1, 1) + elements)
