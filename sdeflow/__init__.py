@@ -24,6 +24,7 @@ from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, Process, Rectif
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solve import solve
+from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
 from sdeflow.solvers.runge_kutta import RungeKutta
 
@@ -31,8 +32,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "DEIS",
     "EDM",
+    "ERSDE",
     "VE",
     "VP",
     "Checkpointed",
@@ -45,6 +48,7 @@ __all__ = [
     "DataPrediction",
     "Discrete",
     "DiscreteVP",
+    "EDMHeun",
     "EDMPrediction",
     "Equation",
     "EulerAncestral",
@@ -66,6 +70,7 @@ __all__ = [
     "Process",
     "Quadratic",
     "RectifiedFlow",
+    "Restart",
     "ReverseSDE",
     "RungeKutta",
     "SASolver",
