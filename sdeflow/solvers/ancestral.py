@@ -72,7 +72,7 @@ class ERSDE(Multistep):
     Args:
         order: nodes.
         phi: φ(ρ) of a float64 tensor, differentiable, with φ/ρ growing; default ρ(e^{ρ^0.3} + 10), the paper's. ρ² is the
-            reverse SDE, ρ the flow.
+            reverse SDE.
 
     In this family 1 + η² = d ln φ/d ln ρ, whatever η the equation has (every η keeps the marginals).
     """
@@ -91,27 +91,30 @@ class ERSDE(Multistep):
         return Facts(f"ER-SDE-{self.order}", None, 1, weak, 1, False, ("additive",), "diffusion", "Cui et al. 2023")
 
     def scheme(self, task: Task) -> Scheme:
-        law = noise_of(self.phi or paper_phi)
+        phi = self.phi
+        law = noise_of(log_phi if phi is None else lambda rho: phi(rho).log())
         return Scheme("data", self.order, 0, "rho", None, lambda s, t: law, False, self.lower_order_final)
 
 
-def paper_phi(rho: Tensor) -> Tensor:
-    """φ(ρ) = ρ(e^{ρ^0.3} + 10)."""
-    return rho * ((rho**0.3).exp() + 10.0)
+def log_phi(rho: Tensor) -> Tensor:
+    """ln φ of the paper's φ = ρ(e^{ρ^0.3} + 10), without overflow."""
+    power = rho**0.3
+    return rho.log() + torch.logaddexp(power, torch.full_like(power, math.log(10.0)))
 
 
-def noise_of(phi: Callable[[Tensor], Tensor]) -> Strength:
+def noise_of(log_phi: Callable[[Tensor], Tensor]) -> Strength:
     """∫η²dλ = Δ ln(φ/ρ) and 1 + η² = d ln φ/d ln ρ."""
 
     def log_ratio(lam: Array) -> Array:
-        # at ρ = 0 nothing depends on it, since σ_t = 0
-        rho = torch.from_numpy(np.exp(-np.where(lam == np.inf, 0.0, lam)))
-        return np.where(lam == np.inf, 0.0, (phi(rho).log() - rho.log()).nan_to_num(nan=np.inf).numpy())
+        # ρ = 0: nothing depends on it, since σ_t = 0; ρ = ∞: all is forgotten
+        ends = np.isfinite(lam)
+        log_rho = torch.from_numpy(-np.where(ends, lam, 0.0))
+        return np.where(ends, (log_phi(log_rho.exp()) - log_rho).numpy(), np.where(lam > 0, 0.0, np.inf))
 
     def growth(lam: Array) -> Array:
         with torch.enable_grad():
             log_rho = torch.from_numpy(-lam).requires_grad_(True)
-            (slope,) = torch.autograd.grad(phi(log_rho.exp()).log().sum(), log_rho)
+            (slope,) = torch.autograd.grad(log_phi(log_rho.exp()).sum(), log_rho)
         return slope.numpy()
 
     return Strength(lambda a, b: np.where(b == np.inf, 0.0, log_ratio(a) - log_ratio(b)), growth, True)

@@ -314,7 +314,17 @@ class SASolver(Multistep):
         order = min(self.predictor, self.corrector) + 1 if self.corrector else self.predictor
         name = f"SA-Solver P{self.predictor}C{self.corrector}"
         accepts = ("none", "additive") if self.eta is None else ("additive",)
-        return Facts(name, order, 1, min(order, 2), 1, False, accepts, "diffusion", "Xue et al. 2023")
+        return Facts(
+            name,
+            order if self.eta is None else None,
+            1,
+            min(order, 2),
+            1,
+            False,
+            accepts,
+            "diffusion",
+            "Xue et al. 2023",
+        )
 
     def scheme(self, task: Task) -> Scheme:
         varying = self.eta
