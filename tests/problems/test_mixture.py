@@ -206,6 +206,18 @@ def test_moments_are_those_of_the_mixture(form):
     torch.testing.assert_close(cov, (m.weights[:, None, None] * second).sum(0) - mean[:, None] * mean)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_restricting_keeps_relative_weights_and_covariances(form):
+    m = make(form)
+    keep = torch.tensor([True, False, True, True, False])
+    kept, x = m.restricted(keep), states(m, 0.8, 0.6)
+    torch.testing.assert_close(kept.weights, m.weights[keep] / m.weights[keep].sum())
+    whole = m.posterior(x, *scalars(0.8, 0.6), allowed=keep.expand(len(x), -1))
+    part = kept.posterior(x, *scalars(0.8, 0.6))
+    torch.testing.assert_close(part.data, whole.data, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part.log_prob + m.weights[keep].sum().log(), whole.log_prob, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
