@@ -155,7 +155,7 @@ def value_and_divergence(
     One forward pass of F, whose rows must not depend on each other; d backward passes without probes (vᵀJ for the unit
     vectors v, each row's own element summed), k with them (vᵀJv).
     """
-    value, pull = torch.func.vjp(function, z)
+    value, pull, *_ = torch.func.vjp(function, z)
     d = z[0].numel()
 
     def one(v: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class Conditioned(torch.nn.Module):
         super().__init__()
         if not callable(network):
             raise InvalidInput(f"network must be callable as network(x, t, ...); got {type(network).__name__}")
-        self.network, self.conditions = network, conditions
+        self.network: Any = network
+        self.conditions = conditions
 
     def __repr__(self) -> str:
         return f"Conditioned({type(self.network).__name__}, {', '.join(self.conditions)})"
@@ -56,7 +57,7 @@ class Checkpointed(torch.nn.Module):
         super().__init__()
         if not callable(network):
             raise InvalidInput(f"network must be callable as network(x, t); got {type(network).__name__}")
-        self.network = network
+        self.network: Any = network
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return checkpoint(self.network, x, t, use_reentrant=False) if torch.is_grad_enabled() else self.network(x, t)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 import sdeflow as sf
 from sdeflow.counting import Counter, counting
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -147,11 +147,7 @@ class EulerAncestral(DDIM):
 
     @property
     def facts(self) -> Facts:
-        own = super().facts
-        return Facts("Euler ancestral", *(getattr(own, f) for f in _REST[:-1]), "Karras et al. 2022; k-diffusion")
-
-
-_REST = ("order", "strong", "weak", "evaluations", "adaptive", "noise", "face", "reference")
+        return replace(super().facts, name="Euler ancestral", reference="Karras et al. 2022; k-diffusion")
 
 
 @dataclass(frozen=True, kw_only=True)
