@@ -18,7 +18,7 @@ PUBLIC = {
     "equations": "Equation ForwardSDE ProbabilityFlowODE ReverseSDE",
     "charts": "LogSNR PlainTime SNRTime StraightLine Trigonometric",
     "grids": "Discrete InChart Karras Nodes Power Quadratic UniformLogSNR UniformTime",
-    "solvers": "DDIM DEIS DPMSolver DPMSolverPP EulerAncestral RungeKutta SASolver UniPC",
+    "solvers": "DDIM DDPM DEIS DPMSolver DPMSolverPP EDMHeun ERSDE EulerAncestral Restart RungeKutta SASolver UniPC",
     "solving": "Solution Status sample_seeds solve",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
     "errors": "InvalidInput MissingDependency SdeflowError SolveFailed",

@@ -35,7 +35,9 @@ def test_interval_is_scipys_bca():
 def test_energy_distance_is_scipys_in_one_dimension():
     scipy_stats = pytest.importorskip("scipy.stats")
     x, y = rows(50, 1, 0), 1.3 * rows(70, 1, 1) + 0.2
-    assert me.energy_distance(x, y, unbiased=False) == pytest.approx(scipy_stats.energy_distance(x[:, 0], y[:, 0]), rel=1e-10)
+    assert me.energy_distance(x, y, unbiased=False) == pytest.approx(
+        scipy_stats.energy_distance(x[:, 0], y[:, 0]), rel=1e-10
+    )
 
 
 def test_sliced_distance_is_pots_own_with_the_same_directions():
