@@ -24,6 +24,7 @@ from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, Process, Rectif
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solve import solve
+from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
 from sdeflow.solvers.runge_kutta import RungeKutta
@@ -38,6 +39,7 @@ __all__ = [
     "ERSDE",
     "VE",
     "VP",
+    "Adams",
     "Checkpointed",
     "ClassifierFree",
     "ClassifierGuidance",

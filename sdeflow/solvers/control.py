@@ -1,0 +1,333 @@
+"""Step-size control: one loop in which every sample has its own clock.
+
+A method is a `Stepper`: it tries a step of every sample and says how large the error was and how much the step may
+change. `drive` does the rest: acceptance, landing on output times and the end, failures, and taking finished samples
+out of the batch. Everything is a tensor over the samples that are still under way; the host learns one number a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sdeflow.charts import BoundChart, Chart, StraightLine
+from sdeflow.equations import Equation
+from sdeflow.errors import InvalidInput
+from sdeflow.processes import expand
+from sdeflow.solution import Status
+from sdeflow.solvers.base import Outcome, Task
+
+STRETCH = 1.05
+"""A step may be lengthened this much to land, so that no sliver is left over."""
+TRIES = 12
+"""Times in a row that a sample's evaluation may be non-finite, its step quartered each time, before it fails."""
+
+
+def check_tolerances(owner: str, rtol: float, atol: float, max_steps: int) -> None:
+    """Refuse tolerances and limits that no run could meet.
+
+    Raises:
+        InvalidInput: a negative or non-finite tolerance, both zero, or max_steps < 1.
+    """
+    if not (math.isfinite(rtol) and math.isfinite(atol) and rtol >= 0 and atol >= 0 and rtol + atol > 0):
+        raise InvalidInput(
+            f"rtol and atol must be finite, ≥ 0 and not both 0; got rtol={rtol}, atol={atol}. "
+            f"Write {owner}(rtol=1e-4, atol=1e-4)"
+        )
+    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+        raise InvalidInput(f"max_steps must be a positive integer; got {max_steps!r}")
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The ODE dz/du that a task asks for, in a chart's (u, z), or in (t, x) itself when `chart` is None.
+
+    States are flattened to (n, d). No evaluation leaves the task's interval: t(u) is clamped to it, since u(t) and
+    t(u) are inverse only up to rounding.
+    """
+
+    equation: Equation
+    chart: BoundChart | None
+    start: float
+    stop: float
+    event: torch.Size
+    one_time: bool = False
+
+    @staticmethod
+    def of(task: Task, chart: Chart | None, one_time: bool = False) -> Flow:
+        """The task's flow; `chart` None means StraightLine() for a diffusion equation and t for any other."""
+        equation = task.equation
+        diffusion = equation.process is not None and equation.predict is not None
+        if chart is not None and not diffusion:
+            raise InvalidInput(
+                f"chart={chart!r} needs a diffusion equation; {equation!r} has no process. Leave chart out"
+            )
+        bound = (chart or StraightLine()).bind(equation.process) if equation.process and diffusion else None
+        return Flow(equation, bound, task.start, task.stop, task.x.shape[1:], one_time)
+
+    def u(self, t: Tensor | float) -> Tensor:
+        """The clock at times t, float64."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return t if self.chart is None else self.chart.u(t)
+
+    def t(self, u: Tensor) -> Tensor:
+        """The time at clock readings u, inside the task's interval."""
+        t = u if self.chart is None else self.chart.t(u)
+        return t.clamp(min(self.start, self.stop), max(self.start, self.stop))
+
+    def z(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """Flattened chart state (n, d) of the states x (n, *event) at time t."""
+        return (x if self.chart is None else self.chart.to_chart(t, x)).flatten(1)
+
+    def x(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """States (n, *event) of chart states z (n, d) at time t, a number or (n,)."""
+        z = z.reshape(-1, *self.event)
+        return z if self.chart is None else self.chart.from_chart(t, z)
+
+    def rhs(self, u: Tensor, z: Tensor) -> Tensor:
+        """dz/du at u (n,), z (n, d); one evaluation a sample."""
+        shaped = z.reshape(-1, *self.event)
+        u = u[0] if self.one_time else u
+        t = self.t(u)
+        if self.chart is None:
+            return self.equation.drift(t, shaped).flatten(1)
+        p, q = self.chart.drift_weights(u)
+        x = shaped / expand(self.chart.m(t), shaped)
+        assert self.equation.predict is not None
+        return self.equation.predict.combine(x, t, p, q).flatten(1)
+
+    def carry(self, u: Tensor) -> Tensor:
+        """By how much an error in z at u grows until it is an error in x at the end, (n,).
+
+        For Gaussian data of the chart's scale c the flow multiplies z by q(u_end)/q(u), q = √(c²A² + S²) being the
+        standard deviation of z, and x = z/m. In the straight-line chart this is between 1/√2 and √2; in the
+        trigonometric chart it is 1.
+        """
+        if self.chart is None:
+            return torch.ones_like(u)
+        c = getattr(self.chart.chart, "c", 0.5)
+        end = self.chart.u(self.stop).to(u.device)
+        (A, S, _, _), (Ae, Se, _, _) = self.chart.coefficients(u), self.chart.coefficients(end)
+        return torch.hypot(c * Ae, Se) / torch.hypot(c * A, S) / self.chart.m(self.stop).to(u.device)
+
+
+class Attempt(NamedTuple):
+    """What a stepper found when it tried a step.
+
+    Attributes:
+        z: the state after the step, (n, d).
+        error: estimated local error over the allowed one, (n,): accepted where ≤ 1.
+        grow: factor on the step if this one is accepted, (n,).
+        shrink: factor on the step if it is not, (n,).
+    """
+
+    z: Tensor
+    error: Tensor
+    grow: Tensor
+    shrink: Tensor
+
+
+class Stepper(Protocol):
+    """A method under `drive`. Its tensors hold the samples still under way, in the order of `drive`'s own."""
+
+    def begin(self, u: Tensor, z: Tensor, f: Tensor) -> None:
+        """The first evaluation f (n, d) at u (n,), z (n, d)."""
+        ...
+
+    def attempt(self, u: Tensor, z: Tensor, step: Tensor, end: Tensor, allowed: Tensor) -> Attempt:
+        """Try from u to end = u + step; `allowed` (n,) is the local error in z (RMS) that is allowed."""
+        ...
+
+    def commit(self, ok: Tensor) -> None:
+        """The samples (n,) bool whose attempt was accepted."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these samples (indices into the present ones) alone."""
+        ...
+
+
+def rms(z: Tensor) -> Tensor:
+    """Root mean square over the last dimension, float64."""
+    return torch.linalg.vector_norm(z, dim=-1).double() / math.sqrt(z.shape[-1])
+
+
+def first_step(flow: Flow, z: Tensor, f: Tensor, allowed: Tensor, span: Tensor) -> Tensor:
+    """A first step for a first-order method, (n,): its error ½h²|z″| is the allowed one.
+
+    z″ is not known. In a chart the flow bends on the scale 1 of the clock, |z″| ≈ |z| (exactly so where u = 1 in the
+    straight-line chart); elsewhere |z″| is guessed as |f|²/|z|, and never less than |f|/span.
+    """
+    size, speed = rms(z.detach()), rms(f.detach())
+    tiny = torch.finfo(torch.float64).tiny
+    bend = speed.square() / size.clamp_min(tiny)
+    if flow.chart is not None:
+        bend = torch.minimum(bend, size).maximum(0.5 * size)
+    bend = bend.maximum(speed / span).clamp_min(tiny)
+    return (2.0 * allowed / bend).sqrt().minimum(span)
+
+
+@dataclass
+class _Under:
+    """The samples under way: all tensors (n, …)."""
+
+    rows: Tensor
+    u: Tensor
+    z: Tensor
+    h: Tensor
+    target: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    broken: Tensor
+
+    def keep(self, rows: Tensor) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, value[rows])
+
+
+def drive(
+    flow: Flow, task: Task, stepper: Stepper, rtol: float, atol: float, max_steps: int, coupled: bool = False
+) -> Outcome:
+    """Run a stepper over a task.
+
+    Every sample takes its own steps, unless `coupled`: then the largest error decides for all. A step is allowed the
+    local error atol + rtol·|x| (RMS over the sample's elements) as carried to the end by `Flow.carry`.
+
+    Returns:
+        An Outcome. Statuses: MAX_STEPS after max_steps tries, NON_FINITE where the network stays so at ever smaller
+        steps, STEP_UNDERFLOW where the step falls to the rounding of the clock.
+    """
+    run = _Run(flow, task, stepper, rtol, atol, coupled)
+    for _ in range(max_steps):
+        if not run.step():
+            break
+    return run.outcome()
+
+
+class _Run:
+    def __init__(self, flow: Flow, task: Task, stepper: Stepper, rtol: float, atol: float, coupled: bool):
+        self.flow, self.task, self.stepper = flow, task, stepper
+        self.rtol, self.atol, self.coupled = rtol, atol, coupled
+        device, n = task.x.device, task.batch
+        saved = [] if task.save_at is None else task.save_at.tolist()
+        self.saved = len(saved)
+        self.times = torch.tensor(
+            saved if saved and saved[-1] == task.stop else [*saved, task.stop], dtype=torch.float64
+        )
+        self.targets = flow.u(self.times).to(device)
+        begin, finish = flow.u(task.start).item(), self.targets[-1].item()
+        if not (math.isfinite(begin) and math.isfinite(finish)):
+            raise InvalidInput(
+                f"the chart's clock is infinite at start={task.start} or stop={task.stop} (α = 0 or σ = 0 there); "
+                "take another chart, e.g. chart=sf.StraightLine()"
+            )
+        self.sign, self.span = math.copysign(1.0, finish - begin), abs(finish - begin)
+        self.smallest = 8.0 * torch.finfo(torch.float64).eps * max(abs(begin), abs(finish))
+        z = flow.z(task.start, task.x)
+        self.z, self.u = z, torch.full((n,), begin, dtype=torch.float64, device=device)
+        self.status = task.constant(Status.MAX_STEPS)
+        self.accepted, self.rejected = task.constant(0), task.constant(0)
+        self.states = None if task.save_at is None else z.new_full((len(self.times), n, z.shape[1]), torch.nan)
+        zero = task.constant(0)
+        self.now = _Under(torch.arange(n, device=device), self.u, z, self.u, zero, zero, zero, zero)
+        self._begin()
+
+    def _begin(self) -> None:
+        now = self.now
+        if self.states is not None:  # a first output time at the start itself
+            here = self.targets[0] == now.u[0]
+            self.states[0] = torch.where(here, now.z, self.states[0])
+            now.target = now.target + here
+        f = self.flow.rhs(now.u, now.z)
+        now.h = first_step(self.flow, now.z, f, self.allowed(now.u, now.z), torch.full_like(now.u, self.span))
+        if self.coupled:
+            now.h = now.h.nan_to_num(nan=self.span).amin().expand_as(now.h)
+        self.stepper.begin(now.u, now.z, f)
+        finite = f.isfinite().all(1)
+        self._leave(~finite, torch.full_like(now.rows, Status.NON_FINITE))
+
+    def allowed(self, u: Tensor, z: Tensor) -> Tensor:
+        """The local error in z that a step from (u, z) may make."""
+        return self.atol / self.flow.carry(u) + self.rtol * rms(z.detach())
+
+    def step(self) -> bool:
+        """Try one step of every sample under way; False when none is left."""
+        now, task = self.now, self.task
+        if not now.rows.numel():
+            return False
+        goal = self.targets[now.target]
+        left = (goal - now.u) * self.sign
+        land = now.h * STRETCH >= left
+        # two equal steps to the goal rather than a long one and a sliver
+        h = torch.where(land, left, torch.minimum(now.h, 0.5 * left))
+        end = torch.where(land, goal, now.u + self.sign * h)
+        tried = self.stepper.attempt(now.u, now.z, self.sign * h, end, self.allowed(now.u, now.z))
+        error, grow, shrink = tried.error, tried.grow, tried.shrink
+        broken = ~error.isfinite()
+        if self.coupled:
+            error, grow, shrink = error.amax().expand_as(error), grow.amin().expand_as(grow), shrink.amin().expand_as(h)
+        ok = error <= 1.0
+        shrink = torch.where(broken, 0.25, shrink)
+        now.u = torch.where(ok, end, now.u)
+        now.z = torch.where(ok[:, None], tried.z, now.z)
+        # a step cut short to land says little against the step that was planned
+        now.h = torch.where(ok, torch.maximum(h * grow, torch.where(land & (grow >= 1.0), now.h, 0)), h * shrink)
+        now.accepted, now.rejected = now.accepted + ok, now.rejected + ~ok
+        now.broken = torch.where(broken, now.broken + 1, 0)
+        self.stepper.commit(ok)
+        arrived = ok & land
+        self._save(arrived)
+        now.target = now.target + arrived
+        done = now.target == len(self.targets)
+        now.target = now.target.clamp_max(len(self.targets) - 1)
+        small = ~done & (now.h < self.smallest)
+        failed = (now.broken >= TRIES) | (small & broken)
+        status = torch.where(done, Status.SUCCESS, torch.where(failed, Status.NON_FINITE, Status.STEP_UNDERFLOW))
+        if task.progress is not None:
+            inside = (now.u - self.targets[-1]).abs().sum().item() / self.span
+            task.progress(1.0 - inside / task.batch)
+        self._leave(done | failed | small, status)
+        return bool(self.now.rows.numel())
+
+    def _save(self, arrived: Tensor) -> None:
+        if self.states is not None:
+            now = self.now
+            self.states[now.target, now.rows] = torch.where(arrived[:, None], now.z, self.states[now.target, now.rows])
+
+    def _leave(self, gone: Tensor, status: Tensor) -> None:
+        """Take the samples `gone` out of the batch with these statuses."""
+        if not bool(gone.any()):
+            return
+        out, rest = gone.nonzero().flatten(), (~gone).nonzero().flatten()
+        rows = self.now.rows[out]
+        self.status = self.status.index_put((rows,), status[out].to(torch.int64))
+        self._write_back(out)
+        self.now.keep(rest)
+        self.stepper.keep(rest)
+        self.task.counter.restrict(self.now.rows)
+
+    def _write_back(self, some: Tensor) -> None:
+        now, rows = self.now, self.now.rows[some]
+        self.z = self.z.index_put((rows,), now.z[some])
+        self.u = self.u.index_put((rows,), now.u[some])
+        self.accepted = self.accepted.index_put((rows,), now.accepted[some])
+        self.rejected = self.rejected.index_put((rows,), now.rejected[some])
+
+    def outcome(self) -> Outcome:
+        flow, task = self.flow, self.task
+        self._write_back(torch.arange(len(self.now.rows), device=self.now.rows.device))
+        task.counter.restrict(None)
+        if task.progress is not None:
+            task.progress(1.0)
+        states = None
+        if self.states is not None:
+            times = self.times[: self.saved].tolist()
+            states = torch.stack([flow.x(t, z) for t, z in zip(times, self.states, strict=False)])
+        at = torch.where(self.status == Status.SUCCESS, task.stop, flow.t(self.u))
+        return Outcome(
+            x=flow.x(at, self.z), states=states, status=self.status, accepted=self.accepted, rejected=self.rejected
+        )
