@@ -56,7 +56,7 @@ def _mix_gamma(z: Tensor) -> Tensor:
     _fold_(z, 33, scratch).mul_(_MURMUR[1])
     _fold_(z, 33, scratch).bitwise_or_(1)
     changes = _fold_(z.clone(), 1, scratch)
-    few = sum((changes >> bit) & 1 for bit in range(64)) < 24
+    few = sum(((changes >> bit) & 1 for bit in range(64)), start=torch.zeros_like(z)) < 24
     return torch.where(few, z ^ _signed(0xAAAAAAAAAAAAAAAA), z)
 
 
