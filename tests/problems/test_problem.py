@@ -12,7 +12,7 @@ from sdeflow.counting import Counter, counting
 from sdeflow.problems import Problem
 
 F64 = torch.float64
-PROCESSES = [sf.VP(), sf.CosineVP(), sf.SubVP(), sf.VE(), sf.EDM(), sf.RectifiedFlow()]
+PROCESSES = [sf.VP(), sf.CosineVP(), sf.SubVP(), sf.VE(), sf.EDM(), sf.RectifiedFlow(), sf.DiscreteVP.scaled_linear()]
 KINDS = ["data", "noise", "score", "v", "flow", "edm"]
 
 
