@@ -458,7 +458,7 @@ def test_the_truth_of_one_setting_is_made_once(monkeypatch):
 def test_start_states_and_the_samples_they_are_judged_by_are_unrelated():
     """Correlation of 4000 pairs of numbers, false-alarm rate 1e-6: shared noise would make a wrong law look right."""
     process, problem = sf.VP(), sf.problems.gaussian(mean=0.0, std=1.0, dim=2)
-    truth = me.prepare(problem, process, sf.ReverseSDE(problem.prediction(process)), samples=2000)
+    truth = me.prepare(problem, process, sf.ReverseSDE(problem.prediction(process)), 2000, start=0.4, stop=0.3)
     assert truth.exact is not None
     assert abs(float((truth.x * truth.exact).mean())) < stats.norm.isf(0.5e-6) / math.sqrt(4000)
 
