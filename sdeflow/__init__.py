@@ -3,7 +3,7 @@
 process → prediction → equation → solver → solution; see docs/index.md.
 """
 
-from sdeflow import problems
+from sdeflow import diffusers, problems
 from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
@@ -91,6 +91,7 @@ __all__ = [
     "VPrediction",
     "bits_per_dim",
     "decode",
+    "diffusers",
     "encode",
     "log_likelihood",
     "problems",

@@ -17,9 +17,9 @@ class Conditioned(torch.nn.Module):
 
     Args:
         network: called as network(x, t, **conditions).
-        conditions: a number or 0-d tensor holds for all samples; a tensor (batch, …) holds one row a sample, and rows
-            follow their samples when finished ones leave the batch; a dict holds any of these; anything else is passed
-            on as it is.
+        conditions: a number, a 0-d tensor or a tensor of one row holds for all samples; a tensor (batch, …) holds one
+            row a sample, and rows follow their samples when finished ones leave the batch; a dict holds any of these;
+            anything else is passed on as it is.
 
     Example:
         >>> sf.NoisePrediction(sf.Conditioned(network, label=torch.tensor([3, 5])), process)
@@ -66,7 +66,7 @@ class Checkpointed(torch.nn.Module):
 def rows_of(value: Any, x: Tensor, name: str) -> Any:
     """The rows of a per-sample value that belong to the samples now in x (batch, *event).
 
-    A number or 0-d tensor becomes a (batch,) tensor; what is no number, tensor or dict is returned as it is.
+    Numbers and single rows are repeated; what is no number, tensor or dict is returned as it is.
 
     Raises:
         InvalidInput: a tensor with another number of rows than x.
@@ -76,8 +76,8 @@ def rows_of(value: Any, x: Tensor, name: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
         return value
     value = torch.as_tensor(value, device=x.device)
-    if value.ndim == 0:
-        return value.expand(x.shape[0])
+    if value.ndim == 0 or value.shape[0] == 1:
+        return value.expand(x.shape[0], *value.shape[1:])
     counter = counting.current()
     if counter is not None and counter.rows is not None and value.shape[0] == counter.batch:
         value = value[counter.rows.to(value.device)]

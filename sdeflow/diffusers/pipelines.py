@@ -1,0 +1,487 @@
+"""Diffusers pipelines as (process, prediction, decode)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeflow.errors import InvalidInput, MissingDependency
+from sdeflow.guidance import ClassifierFree
+from sdeflow.networks import Conditioned
+from sdeflow.predictions import DataPrediction, FlowPrediction, NoisePrediction, Prediction, VPrediction
+from sdeflow.processes import DiscreteVP, Process, RectifiedFlow
+
+TARGETS: dict[str, type[Prediction]] = {
+    "epsilon": NoisePrediction,
+    "sample": DataPrediction,
+    "v_prediction": VPrediction,
+    "flow_prediction": FlowPrediction,
+}
+"""Diffusers' names of what a network predicts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A pipeline taken apart; unpacks as (process, prediction, decode).
+
+    Attributes:
+        process: `DiscreteVP` of the scheduler's table (t is the timestep), or `RectifiedFlow` (t is σ; timestep 1000 t).
+        prediction: the network, conditions and guidance inside.
+        decode: state at the data end (batch, *event) → images (batch, channels, height, width) in [0, 1].
+        event: shape of one sample's state.
+    """
+
+    process: Process
+    prediction: Prediction
+    decode: Callable[[Tensor], Tensor]
+    event: tuple[int, ...]
+    _times: Callable[[int], Tensor] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.process, self.prediction, self.decode))
+
+    def times(self, steps: int) -> Tensor:
+        """The times the pipeline's own scheduler would step through, first to last, float64: a `grid` for a solver.
+
+        Schedulers that end on clean data take one step more from the last of them: `denoise=True` in the solver.
+        """
+        return self._times(steps)
+
+    def noise(self, batch: int, seed: int = 0) -> Tensor:
+        """Start states (batch, *event) in float32 on the network's device."""
+        parameter = next(self.prediction.network.parameters())
+        return self.process.prior((batch, *self.event), seed=seed, device=parameter.device)
+
+
+def require() -> Any:
+    """The diffusers package.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingDependency("sf.diffusers needs diffusers; write: pip install 'sdeflow[diffusers]'") from error
+    return diffusers
+
+
+def from_pretrained(path: str, *, load: dict[str, Any] | None = None, **options: Any) -> Loaded:
+    """`from_pipeline` on a folder or hub name.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a name on the hub.
+        load: arguments of `DiffusionPipeline.from_pretrained`, e.g. {"torch_dtype": torch.float16}.
+        options: arguments of `from_pipeline`.
+    """
+    pipeline = require().DiffusionPipeline.from_pretrained(str(path), **(load or {}))
+    return from_pipeline(pipeline, **options)
+
+
+def from_pipeline(
+    pipe: Any,
+    *,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    null_label: int | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    height: int | None = None,
+    width: int | None = None,
+    batched: bool = True,
+) -> Loaded:
+    """A diffusers pipeline as (process, prediction, decode).
+
+    Knows unconditional and class-conditional `UNet2DModel` pipelines (DDPM, DDIM), Stable Diffusion 1.x and 2.x, SDXL,
+    DiT, Stable Diffusion 3 and Flux. Clipping and thresholding settings of the scheduler are not taken over.
+
+    Args:
+        pipe: the pipeline; its networks are used as they are (device, dtype).
+        prompt: one text for all samples, or one a sample.
+        negative_prompt: likewise; the empty text by default.
+        class_labels: the class of all samples, or one a sample.
+        null_label: the class that means "none", for guidance; known for DiT.
+        guidance_scale: classifier-free guidance out_u + scale·(out_c − out_u); 1 is none, as in diffusers.
+        guidance_rescale: see `ClassifierFree`.
+        height, width: of the image in pixels; default: the pipeline's.
+        batched: evaluate both halves of the guidance in one call.
+
+    Raises:
+        MissingDependency: diffusers is not installed.
+        InvalidInput: an unknown pipeline, a scheduler that does not fit the network, or guidance without a null
+            condition.
+    """
+    require()
+    family = _family(pipe)
+    if family.text and prompt is None:
+        raise InvalidInput(f'{type(pipe).__name__} is conditioned on text; write from_pipeline(pipe, prompt="a cat")')
+    if not family.text and prompt is not None:
+        raise InvalidInput(
+            f"{type(pipe).__name__} takes no prompt; write from_pipeline(pipe, class_labels=3), or neither"
+        )
+    process, target = process_of(pipe.scheduler, flow=family.flow), target_of(pipe.scheduler, flow=family.flow)
+    guided = guidance_scale > 1.0 and not family.distilled
+    request = Request(prompt, negative_prompt, class_labels, null_label, guided, guidance_scale, height, width)
+    with torch.no_grad():
+        parts = family.take(pipe, request)
+    time = (lambda t: 1000.0 * t) if family.flow else None
+    prediction: Prediction = target(Conditioned(parts.network, **parts.given), process, time)
+    if guided:
+        if parts.null is None:
+            raise InvalidInput(
+                "guidance needs a null condition, and this pipeline's network knows none of its own; write "
+                "from_pipeline(pipe, class_labels=..., null_label=<the label that means none>, guidance_scale=...)"
+            )
+        null = target(Conditioned(parts.network, **parts.null), process, time)
+        prediction = ClassifierFree(prediction, null, guidance_scale, rescale=guidance_rescale, batched=batched)
+    return Loaded(process, prediction, parts.decode, parts.event, lambda n: times_of(pipe.scheduler, n, parts.shift))
+
+
+def process_of(scheduler: Any, flow: bool | None = None) -> Process:
+    """The process behind a diffusers scheduler: its table ᾱ as `DiscreteVP`, or `RectifiedFlow`.
+
+    Args:
+        scheduler: any scheduler.
+        flow: whether the network is a flow-matching one; None to believe the scheduler.
+
+    Raises:
+        InvalidInput: the scheduler is of the other sort, or says nothing of a process.
+    """
+    name = type(scheduler).__name__
+    is_flow = "FlowMatch" in name or scheduler.config.get("prediction_type") == "flow_prediction"
+    if flow is not None and flow != is_flow:
+        wanted = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
+        raise InvalidInput(
+            f"the pipeline's network is {'a flow-matching' if flow else 'no flow-matching'} network, its scheduler a "
+            f"{name}; write pipe.scheduler = {wanted}.from_pretrained(<model>, subfolder='scheduler')"
+        )
+    if is_flow:
+        if scheduler.config.get("invert_sigmas"):
+            raise InvalidInput("a scheduler with invert_sigmas=True runs time the other way, which is not supported")
+        return RectifiedFlow(t_min=1e-4)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None:
+        raise InvalidInput(
+            f"{name} holds no alphas_cumprod, so the process cannot be read off it; write the process yourself, e.g. "
+            "sf.EDMPrediction(network, sf.EDM())"
+        )
+    return DiscreteVP(torch.as_tensor(table).double())
+
+
+def target_of(scheduler: Any, flow: bool | None = None) -> type[Prediction]:
+    """The prediction class of a scheduler's `prediction_type`.
+
+    Raises:
+        InvalidInput: an unknown type, or one that does not fit.
+    """
+    name = scheduler.config.get("prediction_type", "flow_prediction" if flow else "epsilon")
+    if name not in TARGETS or (flow is not None and (name == "flow_prediction") != flow):
+        fits = ["flow_prediction"] if flow else [k for k in TARGETS if k != "flow_prediction"]
+        raise InvalidInput(
+            f"the scheduler says prediction_type={name!r}; this network needs one of {', '.join(fits)}. Write "
+            f"pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config, "
+            f"prediction_type={fits[0]!r})"
+        )
+    return TARGETS[name]
+
+
+def prediction_of(model: Any, scheduler: Any, **conditions: Any) -> Prediction:
+    """A bare diffusers model and its scheduler as a prediction.
+
+    Args:
+        model: a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, called as model(x, timestep, …).
+        scheduler: gives process and prediction type.
+        conditions: further arguments of the model, one row a sample, see `Conditioned`.
+    """
+    process = process_of(scheduler)
+    flow = isinstance(process, RectifiedFlow)
+    network = Denoiser(model, int(model.config.in_channels))
+    time = (lambda t: 1000.0 * t) if flow else None
+    return target_of(scheduler, flow=flow)(Conditioned(network, **conditions), process, time)
+
+
+def times_of(scheduler: Any, steps: int, shift: Callable[[int], dict[str, Any]] | None = None) -> Tensor:
+    """Times of a scheduler's own steps, float64, largest first.
+
+    Where the scheduler's last step ends at ᾱ_0 and not on clean data, time 0 is among them.
+    """
+    own = copy.deepcopy(scheduler)
+    extra = shift(steps) if shift is not None else {}
+    own.set_timesteps(**({} if "sigmas" in extra else {"num_inference_steps": steps}), **extra)
+    if hasattr(own, "sigmas") and "FlowMatch" in type(own).__name__:
+        return own.sigmas[:-1].double()
+    times = own.timesteps.double()
+    last = getattr(own, "final_alpha_cumprod", None)
+    if last is not None and float(last) < 1.0 and times[-1] > 0:
+        times = torch.cat([times, times.new_zeros(1)])
+    return times
+
+
+# --- the families
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    prompt: Any
+    negative_prompt: Any
+    class_labels: Any
+    null_label: int | None
+    guided: bool
+    guidance_scale: float
+    height: int | None
+    width: int | None
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def negative(self) -> list[str]:
+        """The negative prompts, as many."""
+        given = self.negative_prompt or ""
+        return [given] * len(self.prompts) if isinstance(given, str) else list(given)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pipeline taken apart: network(x, t, **conditions) with its conditions, with and without the text or class."""
+
+    network: torch.nn.Module
+    given: dict[str, Any]
+    null: dict[str, Any] | None
+    decode: Callable[[Tensor], Tensor]
+    event: tuple[int, ...]
+    shift: Callable[[int], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to take pipelines of one sort apart."""
+
+    take: Callable[[Any, Request], Parts]
+    text: bool = False
+    flow: bool = False
+    distilled: bool = False
+
+
+class Denoiser(torch.nn.Module):
+    """model(x, t, **conditions) → its sample, without the channels of a learned variance."""
+
+    def __init__(self, model: torch.nn.Module, channels: int):
+        super().__init__()
+        self.model, self.channels = model, channels
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        return self.model(x, t, **conditions, return_dict=False)[0][:, : self.channels]
+
+
+class Transformer(torch.nn.Module):
+    """A transformer of keyword arguments as network(x, t, **conditions); t is divided by `unit`."""
+
+    def __init__(self, model: torch.nn.Module, unit: float = 1.0):
+        super().__init__()
+        self.model, self.unit = model, unit
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        return self.model(hidden_states=x, timestep=t / self.unit, **conditions, return_dict=False)[0]
+
+
+class FluxTransformer(Transformer):
+    """Flux: positions of text and image are the same for all samples, and a guidance number may be embedded."""
+
+    def forward(self, x: Tensor, t: Tensor, guidance: Tensor | None = None, **conditions: Any) -> Tensor:
+        own = {} if guidance is None else {"guidance": guidance}
+        ids = {name: conditions.pop(name)[0] for name in ("txt_ids", "img_ids")}
+        return super().forward(x, t, **own, **ids, **conditions)
+
+
+def _unconditional(pipe: Any, request: Request) -> Parts:
+    unet = pipe.unet
+    size = unet.config.sample_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    classes = unet.config.get("num_class_embeds") or unet.config.get("class_embed_type")
+    if bool(classes) != (request.class_labels is not None):
+        line = "class_labels=3" if classes else "no class_labels"
+        raise InvalidInput(
+            f"this network {'is' if classes else 'is not'} conditioned on classes; write from_pipeline(pipe, ...) with "
+            f"{line}"
+        )
+    given = {"class_labels": _labels(request.class_labels)} if classes else {}
+    null = {"class_labels": torch.tensor(request.null_label)} if classes and request.null_label is not None else None
+    channels = int(unet.config.in_channels)
+    return Parts(Denoiser(unet, channels), given, null, lambda x: _to_unit(x), (channels, *sides))
+
+
+def _stable_diffusion(pipe: Any, request: Request) -> Parts:
+    text, no_text = pipe.encode_prompt(request.prompts, _device(pipe), 1, request.guided, request.negative)
+    given, null = {"encoder_hidden_states": text}, {"encoder_hidden_states": no_text}
+    return Parts(
+        Denoiser(pipe.unet, int(pipe.unet.config.in_channels)),
+        given,
+        null if request.guided else None,
+        lambda z: _decode(pipe.vae, z),
+        _latent_event(pipe, pipe.unet, request),
+    )
+
+
+def _stable_diffusion_xl(pipe: Any, request: Request) -> Parts:
+    text, no_text, pooled, no_pooled = pipe.encode_prompt(
+        request.prompts,
+        device=_device(pipe),
+        do_classifier_free_guidance=request.guided,
+        negative_prompt=request.negative if request.negative_prompt is not None else None,
+    )
+    event = _latent_event(pipe, pipe.unet, request)
+    pixels = tuple(side * pipe.vae_scale_factor for side in event[1:])
+    encoder = pipe.text_encoder_2
+    width = int(pooled.shape[-1]) if encoder is None else encoder.config.projection_dim
+    ids = pipe._get_add_time_ids(pixels, (0, 0), pixels, dtype=text.dtype, text_encoder_projection_dim=width)
+    ids = ids.to(text.device).expand(len(text), -1)
+
+    def conditions(text: Tensor, pooled: Tensor) -> dict[str, Any]:
+        return {"encoder_hidden_states": text, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+
+    null = conditions(no_text, no_pooled) if request.guided else None
+    network = Denoiser(pipe.unet, int(pipe.unet.config.in_channels))
+    return Parts(network, conditions(text, pooled), null, lambda z: _decode(pipe.vae, z), event)
+
+
+def _stable_diffusion_3(pipe: Any, request: Request) -> Parts:
+    text, no_text, pooled, no_pooled = pipe.encode_prompt(
+        prompt=request.prompts,
+        prompt_2=None,
+        prompt_3=None,
+        device=_device(pipe),
+        do_classifier_free_guidance=request.guided,
+        negative_prompt=request.negative,
+    )
+    event = _latent_event(pipe, pipe.transformer, request)
+    tokens = (event[1] // pipe.transformer.config.patch_size) * (event[2] // pipe.transformer.config.patch_size)
+
+    def shift(steps: int) -> dict[str, Any]:
+        return {"mu": _mu(pipe.scheduler, tokens)} if pipe.scheduler.config.get("use_dynamic_shifting") else {}
+
+    return Parts(
+        Transformer(pipe.transformer),
+        {"encoder_hidden_states": text, "pooled_projections": pooled},
+        {"encoder_hidden_states": no_text, "pooled_projections": no_pooled} if request.guided else None,
+        lambda z: _decode(pipe.vae, z),
+        event,
+        shift,
+    )
+
+
+def _flux(pipe: Any, request: Request) -> Parts:
+    text, pooled, text_ids = pipe.encode_prompt(prompt=request.prompts, prompt_2=None, device=_device(pipe))
+    scale = pipe.vae_scale_factor
+    high, wide = (
+        2 * (int(side or pipe.default_sample_size * scale) // (2 * scale)) for side in (request.height, request.width)
+    )
+    image_ids = pipe._prepare_latent_image_ids(1, high // 2, wide // 2, text.device, text.dtype)
+    tokens, channels = (high // 2) * (wide // 2), int(pipe.transformer.config.in_channels)
+    given = {
+        "encoder_hidden_states": text,
+        "pooled_projections": pooled,
+        "txt_ids": text_ids[None],
+        "img_ids": image_ids[None],
+    }
+    if pipe.transformer.config.guidance_embeds:
+        given["guidance"] = torch.tensor(request.guidance_scale, dtype=torch.float32)
+
+    def shift(steps: int) -> dict[str, Any]:
+        own = {"sigmas": [1.0 - n / steps for n in range(steps)]}
+        return own | ({"mu": _mu(pipe.scheduler, tokens)} if pipe.scheduler.config.get("use_dynamic_shifting") else {})
+
+    def decode(z: Tensor) -> Tensor:
+        return _decode(pipe.vae, pipe._unpack_latents(z, high * scale, wide * scale, scale))
+
+    return Parts(FluxTransformer(pipe.transformer, 1000.0), given, None, decode, (tokens, channels), shift)
+
+
+def _dit(pipe: Any, request: Request) -> Parts:
+    config = pipe.transformer.config
+    if request.class_labels is None:
+        raise InvalidInput("DiT is conditioned on classes; write from_pipeline(pipe, class_labels=207)")
+    null = config.num_embeds_ada_norm if request.null_label is None else request.null_label
+    channels, side = int(config.in_channels), int(config.sample_size)
+    return Parts(
+        Denoiser(pipe.transformer, channels),
+        {"class_labels": _labels(request.class_labels)},
+        {"class_labels": torch.tensor(null)},
+        lambda z: _decode(pipe.vae, z),
+        (channels, side, side),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "DDPMPipeline": Family(_unconditional),
+    "DDIMPipeline": Family(_unconditional),
+    "StableDiffusionPipeline": Family(_stable_diffusion, text=True),
+    "StableDiffusionXLPipeline": Family(_stable_diffusion_xl, text=True),
+    "StableDiffusion3Pipeline": Family(_stable_diffusion_3, text=True, flow=True),
+    "FluxPipeline": Family(_flux, text=True, flow=True, distilled=True),
+    "DiTPipeline": Family(_dit),
+}
+"""Pipelines by class name."""
+
+
+def _family(pipe: Any) -> Family:
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in FAMILIES:
+            return FAMILIES[kind.__name__]
+    raise InvalidInput(
+        f"from_pipeline does not know {type(pipe).__name__}; it knows {', '.join(FAMILIES)}. For a bare network write "
+        "sf.diffusers.prediction_of(pipe.unet, pipe.scheduler), or sf.NoisePrediction(lambda x, t: ..., process)"
+    )
+
+
+def _labels(labels: Any) -> Tensor:
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.ndim > 1:
+        raise InvalidInput(f"class_labels must be an integer or one a sample; got {labels.dtype} of {labels.ndim} axes")
+    return labels
+
+
+def _latent_event(pipe: Any, network: Any, request: Request) -> tuple[int, ...]:
+    own = network.config.sample_size
+    own = (own, own) if isinstance(own, int) else tuple(own)
+    asked = (request.height, request.width)
+    sides = (side // pipe.vae_scale_factor if side else default for side, default in zip(asked, own, strict=True))
+    return (int(network.config.in_channels), *sides)
+
+
+def _decode(vae: Any, z: Tensor) -> Tensor:
+    """Images in [0, 1] of latents in the network's units."""
+    config, z = vae.config, z.to(vae.dtype)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(v, dtype=z.dtype, device=z.device).reshape(1, -1, 1, 1) for v in (mean, std))
+        z = z * std / config.scaling_factor + mean
+    else:
+        z = z / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    return _to_unit(vae.decode(z, return_dict=False)[0])
+
+
+def _to_unit(x: Tensor) -> Tensor:
+    return (0.5 * x + 0.5).clamp(0.0, 1.0)
+
+
+def _mu(scheduler: Any, tokens: int) -> float:
+    """Shift of the noise levels, linear in the number of image tokens (Esser et al. 2024)."""
+    config = scheduler.config
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (top - base) * (tokens - low) / (high - low)
+
+
+def _device(pipe: Any) -> torch.device:
+    return torch.device(pipe._execution_device)

@@ -1,0 +1,210 @@
+"""Diffusers pipelines taken apart reproduce their own output on their own timesteps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdeflow as sf
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+import diffusers  # noqa: E402
+import tiny  # noqa: E402
+
+DIGITS = Path(__file__).parents[1] / "data" / "digits"
+STEPS = 6
+
+
+def ours(loaded, solver, z):
+    """Our image from the noise z."""
+    nodes = solver.grid.values
+    with torch.no_grad():
+        found = sf.solve(sf.ProbabilityFlowODE(loaded.prediction), solver, z, start=nodes[0], stop=nodes[-1])
+        return loaded.decode(found.x), found
+
+
+def check(image, reference, other):
+    """Equal to 1e-4, and the comparison could have failed: another condition gives another image."""
+    assert reference.std() > 0.05
+    assert (image - reference).abs().max() < 1e-4
+    assert (other - reference).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_stable_diffusion(folder, prediction_type):
+    pipe = tiny.stable_diffusion(folder, prediction_type)
+    options = {"negative_prompt": "dog", "guidance_scale": 5.0, "guidance_rescale": 0.3}
+    loaded = sf.diffusers.from_pipeline(pipe, prompt=["a cat", "a dog"], **options | {"negative_prompt": ["dog"] * 2})
+    process, prediction, decode = loaded
+    assert (process, prediction, decode) == (loaded.process, loaded.prediction, loaded.decode)
+    z, run = loaded.noise(2), {"num_inference_steps": STEPS, "output_type": "pt"}
+    reference = pipe(
+        ["a cat", "a dog"], latents=z, **options | {"negative_prompt": ["dog"] * 2}, **run
+    ).images  # fmt: skip
+    image, found = ours(loaded, sf.DDIM(grid=loaded.times(STEPS)), z)
+    other = pipe(["a dog", "a cat"], latents=z, **options | {"negative_prompt": ["dog"] * 2}, **run).images
+    check(image, reference, other)
+    assert found.evaluations.tolist() == [2 * STEPS] * 2
+    assert found.calls == STEPS
+    single = sf.diffusers.from_pipeline(
+        pipe, prompt=["a cat", "a dog"], batched=False, **options | {"negative_prompt": ["dog"] * 2}
+    )
+    again, found = ours(single, sf.DDIM(grid=loaded.times(STEPS)), z)
+    assert (again - reference).abs().max() < 1e-4
+    assert found.calls == 2 * STEPS
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_stable_diffusion_by_unipc(folder, order):
+    """Diffusers' UniPC starts with fewer nodes and ends with fewer, on clean data."""
+    pipe = tiny.stable_diffusion(folder)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(
+        pipe.scheduler.config, solver_order=order, final_sigmas_type="zero"
+    )
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", guidance_scale=3.0)
+    z = loaded.noise(1)
+    reference = pipe("a cat", latents=z, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt").images
+    solver = sf.UniPC(order=order, grid=loaded.times(STEPS), own_start=False, lower_order_final=True, denoise=True)
+    image, _ = ours(loaded, solver, z)
+    other, _ = ours(loaded, sf.DDIM(grid=loaded.times(STEPS), denoise=True), z)
+    check(image, reference, other)
+
+
+def test_stable_diffusion_xl(folder):
+    pipe = tiny.stable_diffusion_xl(folder)
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", guidance_scale=5.0)
+    z, run = loaded.noise(1), {"guidance_scale": 5.0, "num_inference_steps": STEPS, "output_type": "pt"}
+    image, _ = ours(loaded, sf.DDIM(grid=loaded.times(STEPS)), z)
+    check(image, pipe("a cat", latents=z, **run).images, pipe("dog", latents=z, **run).images)
+
+
+def test_stable_diffusion_3(folder):
+    pipe = tiny.stable_diffusion_3(folder)
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", negative_prompt="dog", guidance_scale=5.0)
+    z, run = loaded.noise(1), {"guidance_scale": 5.0, "num_inference_steps": STEPS, "output_type": "pt"}
+    image, _ = ours(loaded, sf.DDIM(grid=loaded.times(STEPS), denoise=True), z)
+    reference = pipe("a cat", negative_prompt="dog", latents=z, **run).images
+    check(image, reference, pipe("a cat", latents=z, **run).images)
+
+
+def test_flux(folder):
+    pipe = tiny.flux(folder)
+    size = {"height": 16, "width": 16}
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", guidance_scale=3.5, **size)
+    z, run = loaded.noise(1), {"num_inference_steps": STEPS, "output_type": "pt", "max_sequence_length": 512} | size
+    image, found = ours(loaded, sf.DDIM(grid=loaded.times(STEPS), denoise=True), z)
+    reference = pipe("a cat", latents=z, guidance_scale=3.5, **run).images
+    check(image, reference, pipe("a cat", latents=z, guidance_scale=1.0, **run).images)
+    assert found.calls == STEPS
+
+
+def given_noise(monkeypatch, module, z):
+    """Pipelines without a `latents` argument start from z."""
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: z)
+
+
+def test_dit(monkeypatch):
+    from diffusers.pipelines.dit import pipeline_dit
+
+    pipe = tiny.dit()
+    loaded = sf.diffusers.from_pipeline(pipe, class_labels=[7, 8], guidance_scale=4.0)
+    z, run = loaded.noise(2), {"guidance_scale": 4.0, "num_inference_steps": STEPS, "output_type": "pt"}
+    given_noise(monkeypatch, pipeline_dit, z)
+    reference = pipe(class_labels=[7, 8], **run).images
+    image, _ = ours(loaded, sf.DDIM(grid=loaded.times(STEPS)), z)
+    assert (image - reference).abs().max() < 1e-4
+    assert reference.std() > 0.05
+
+
+def test_unconditional(monkeypatch):
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    pipe = tiny.unconditional()
+    loaded = sf.diffusers.from_pipeline(pipe)
+    z = loaded.noise(2)
+    given_noise(monkeypatch, pipeline_ddim, z)
+    reference = pipe(batch_size=2, num_inference_steps=STEPS, output_type="pt").images
+    image, _ = ours(loaded, sf.DDIM(grid=loaded.times(STEPS), denoise=True), z)
+    check(image, reference, ours(loaded, sf.DDIM(grid=loaded.times(STEPS)), z)[0])
+
+
+def test_half_precision_networks_under_a_float32_state(folder):
+    pipe = tiny.unconditional()
+    z = sf.diffusers.from_pipeline(pipe).noise(2)
+    fine = sf.diffusers.from_pipeline(pipe)
+    x = ours(fine, sf.DDIM(grid=fine.times(STEPS)), z)[1].x
+    half = sf.diffusers.from_pipeline(pipe.to(dtype=torch.bfloat16))
+    y = ours(half, sf.DDIM(grid=half.times(STEPS)), z)[1].x
+    assert y.dtype == torch.float32
+    assert 1e-5 < (x - y).abs().max() / x.abs().max() < 0.02
+
+
+def test_from_pretrained_reads_what_save_pretrained_wrote(tmp_path):
+    pipe = tiny.unconditional()
+    pipe.save_pretrained(tmp_path)
+    loaded = sf.diffusers.from_pretrained(tmp_path)
+    z = loaded.noise(1)
+    expected = sf.diffusers.from_pipeline(pipe).prediction.noise(z, 500.0)
+    torch.testing.assert_close(loaded.prediction.noise(z, 500.0), expected)
+
+
+def test_a_bare_network_and_its_scheduler():
+    pipe = tiny.unconditional()
+    z = torch.randn(2, 3, 8, 8)
+    bare = sf.diffusers.prediction_of(pipe.unet, pipe.scheduler)
+    torch.testing.assert_close(bare.noise(z, 321.0), pipe.unet(z, 321).sample)
+
+
+def test_what_cannot_work_is_refused(folder):
+    refused = pytest.raises
+    sd, sd3 = tiny.stable_diffusion(folder), tiny.stable_diffusion_3(folder)
+    with refused(sf.InvalidInput, match='prompt="a cat"'):
+        sf.diffusers.from_pipeline(sd)
+    with refused(sf.InvalidInput, match="takes no prompt"):
+        sf.diffusers.from_pipeline(tiny.unconditional(), prompt="a cat")
+    with refused(sf.InvalidInput, match=r"does not know ScoreSdeVePipeline.*prediction_of"):
+        sf.diffusers.from_pipeline(type("ScoreSdeVePipeline", (), {})())
+    with refused(sf.InvalidInput, match=r"FlowMatchEulerDiscreteScheduler\.from_pretrained"):
+        sd3.scheduler = sd.scheduler
+        sf.diffusers.from_pipeline(sd3, prompt="a cat")
+    with refused(sf.InvalidInput, match=r"DDIMScheduler\.from_pretrained"):
+        sd.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        sf.diffusers.from_pipeline(sd, prompt="a cat")
+    with refused(sf.InvalidInput, match=r"needs one of epsilon.*from_config"):
+        sd.scheduler = diffusers.DDIMScheduler(prediction_type="score")
+        sf.diffusers.from_pipeline(sd, prompt="a cat")
+    with refused(sf.InvalidInput, match="alphas_cumprod"):
+        sf.diffusers.process_of(diffusers.EDMEulerScheduler())
+    with refused(sf.InvalidInput, match="no class_labels"):
+        sf.diffusers.from_pipeline(tiny.unconditional(), class_labels=3)
+    with refused(sf.InvalidInput, match="class_labels=207"):
+        sf.diffusers.from_pipeline(tiny.dit())
+
+
+def test_a_missing_extra_names_the_command():
+    code = """
+import sys
+sys.modules["diffusers"] = None
+import sdeflow as sf
+for use in (lambda: sf.diffusers.from_pretrained("x"), lambda: sf.diffusers.SolverScheduler):
+    try:
+        use()
+    except sf.MissingDependency as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.count("pip install 'sdeflow[diffusers]'") == 2

@@ -1,0 +1,195 @@
+"""Our solvers inside unmodified diffusers pipelines give what `solve` gives."""
+
+import dataclasses
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import sdeflow as sf
+from sdeflow.solvers.base import Facts, FixedStep
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+import diffusers  # noqa: E402
+import tiny  # noqa: E402
+
+STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Midpoint(FixedStep):
+    """A user's own solver, two calls a step."""
+
+    facts = Facts("own midpoint", 2, None, None, 2, False, ("none",), "drift", "Runge 1895")
+
+    def init(self, task, times):
+        return times
+
+    def step(self, task, state, n, x):
+        t, h = state[n], (state[n + 1] - state[n]).item()
+        middle = x + h / 2 * task.equation.drift(t, x)
+        return x + h * task.equation.drift(t + h / 2, middle), state
+
+
+SOLVERS = {
+    "ddim": sf.DDIM(steps=1),
+    "ddim to clean data": sf.DDIM(steps=1, denoise=True),
+    "ddpm": sf.DDIM(steps=1, eta=1.0),
+    "2M": sf.DPMSolverPP(order=2, steps=1),
+    "3M Karras": sf.DPMSolverPP(order=3, steps=1, grid=sf.Karras()),
+    "3S": sf.DPMSolverPP(order=3, steps=1, multistep=False),
+    "SDE-2M": sf.DPMSolverPP(order=2, steps=1, sde=True),
+    "dpm-solver-2": sf.DPMSolver(order=2, steps=1),
+    "unipc": sf.UniPC(order=3, steps=1),
+    "deis": sf.DEIS(order=3, steps=1),
+    "sa": sf.SASolver(steps=1),
+    "rk4": sf.RungeKutta("rk4", steps=1),
+    "own": Midpoint(steps=1),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(folder):
+    return tiny.stable_diffusion(folder)
+
+
+def by_solve(loaded, solver, z, eta=0.0, seed=None):
+    equation = sf.ReverseSDE(loaded.prediction, eta=eta)
+    with torch.no_grad():
+        found = sf.solve(equation, solver, z, seed=seed if eta else None)
+        return loaded.decode(found.x), found
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_fixed_step_solver_gives_the_image_of_solve(stable_diffusion, name):
+    pipe, solver = stable_diffusion, SOLVERS[name]
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", guidance_scale=3.0)
+    z, usual = loaded.noise(1), pipe.scheduler
+    pipe.scheduler = sf.diffusers.SolverScheduler(solver)
+    eta, asked = pipe.scheduler.eta, []
+    try:
+        image = pipe(
+            "a cat", latents=z, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt",
+            callback_on_step_end=lambda p, n, t, k: asked.append(float(t)) or k,
+            generator=torch.Generator().manual_seed(11),
+        ).images  # fmt: skip
+        calls = len(pipe.scheduler.timesteps)
+    finally:
+        pipe.scheduler = usual
+    expected, found = by_solve(loaded, dataclasses.replace(solver, steps=STEPS), z, eta, seed=11)
+    assert (image - expected).abs().max() < 1e-4
+    assert expected.std() > 0.05
+    assert calls == found.calls == len(asked)
+    assert found.evaluations.tolist() == [2 * calls]
+    assert not [t for t in threading.enumerate() if t.name == "sdeflow-scheduler" and t.is_alive()]
+
+
+def test_flow_matching(folder):
+    pipe = tiny.stable_diffusion_3(folder)
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", guidance_scale=3.0)
+    z = loaded.noise(1)
+    usual = pipe("a cat", latents=z, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt").images
+    make = sf.diffusers.SolverScheduler
+    pipe.scheduler = make(sf.UniPC(order=2, steps=1), prediction_type="flow_prediction")
+    image = pipe("a cat", latents=z, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt").images
+    expected, _ = by_solve(loaded, sf.UniPC(order=2, steps=STEPS), z)
+    assert (image - expected).abs().max() < 1e-4
+    # on the model's own shifted times, DDIM is the Euler of flow matching
+    pipe.scheduler = make(sf.DDIM(steps=1, denoise=True), prediction_type="flow_prediction", shift=3.0, own_times=True)
+    image = pipe("a cat", latents=z, guidance_scale=3.0, num_inference_steps=STEPS, output_type="pt").images
+    assert (image - usual).abs().max() < 1e-4
+
+
+def test_own_times_with_ddim_is_the_pipelines_usual_output(stable_diffusion):
+    pipe, usual = stable_diffusion, stable_diffusion.scheduler
+    z, run = torch.randn(1, 4, 8, 8), {"num_inference_steps": STEPS, "output_type": "pt"}
+    reference = pipe("a cat", latents=z, **run).images
+    pipe.scheduler = sf.diffusers.SolverScheduler.from_config(
+        usual.config, solver=sf.DDIM(steps=1), own_times=True
+    )  # fmt: skip
+    try:
+        image = pipe("a cat", latents=z, **run).images
+    finally:
+        pipe.scheduler = usual
+    assert (image - reference).abs().max() < 1e-4
+
+
+def test_config_survives_saving(tmp_path):
+    make = sf.diffusers.SolverScheduler
+    scheduler = make(sf.UniPC(order=2, steps=7, grid=sf.InChart(sf.Trigonometric(0.7))), prediction_type="v_prediction")
+    scheduler.save_pretrained(tmp_path)
+    back = make.from_pretrained(tmp_path)
+    assert back.solver == sf.UniPC(order=2, steps=1, grid=sf.InChart(sf.Trigonometric(0.7)))
+    assert back.config.prediction_type == "v_prediction"
+    scheduler.set_timesteps(6)
+    back.set_timesteps(6)
+    assert torch.equal(scheduler.timesteps, back.timesteps)
+    fixed = make(sf.DDIM(grid=[900.0, 500.0, 10.0, 0.0]))
+    assert make.from_config(fixed.config).solver.grid.values == (900.0, 500.0, 10.0, 0.0)
+    fixed.set_timesteps(50)
+    assert fixed.timesteps.tolist() == [900.0, 500.0, 10.0]
+
+
+def test_a_pipeline_with_our_scheduler_is_saved_and_loaded(tmp_path):
+    pipe = diffusers.DDPMPipeline(tiny.unconditional().unet, diffusers.DDPMScheduler())
+    pipe.scheduler = sf.diffusers.SolverScheduler.from_config(pipe.scheduler.config, solver=sf.DDIM(steps=1))
+    pipe.save_pretrained(tmp_path)
+    back = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert type(back.scheduler) is sf.diffusers.SolverScheduler
+    assert back.scheduler.solver == sf.DDIM(steps=1)
+
+
+def test_add_noise_is_diffusers_own():
+    usual = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    own = sf.diffusers.SolverScheduler(sf.DDIM)
+    x, noise, t = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([1, 400, 999])
+    torch.testing.assert_close(own.add_noise(x, noise, t), usual.add_noise(x, noise, t))
+
+
+def test_image_to_image_begins_in_the_middle():
+    scheduler = sf.diffusers.SolverScheduler(sf.DDIM(steps=1))
+    scheduler.set_timesteps(8)
+    predict = sf.NoisePrediction(lambda x, t: torch.sin(x), scheduler.process)
+    late, x = scheduler.timesteps[3:], torch.randn(2, 4)
+    scheduler.set_begin_index(3)
+    y = x
+    for t in late:
+        y = scheduler.step(torch.sin(y), t, y).prev_sample
+    nodes = [*late.double().tolist(), 0.0]
+    expected = sf.solve(sf.ProbabilityFlowODE(predict), sf.DDIM(grid=nodes), x, start=nodes[0], stop=0.0).x
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_work_is_refused(monkeypatch):
+    make = sf.diffusers.SolverScheduler
+    with pytest.raises(sf.InvalidInput, match="needs a fixed-step solver"):
+        make("UniPC")
+    with pytest.raises(sf.InvalidInput, match="prediction_type must be"):
+        make(sf.DDIM, prediction_type="score")
+    with pytest.raises(sf.InvalidInput, match="set_timesteps"):
+        make(sf.DDIM).step(torch.zeros(1, 2), 999, torch.zeros(1, 2))
+    scheduler = make(sf.DDIM)
+    scheduler.set_timesteps(4)
+    x = torch.ones(1, 2)
+    moved = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+    with pytest.raises(sf.InvalidInput, match="waits for timestep"):
+        scheduler.step(x, scheduler.timesteps[3], moved)
+    scheduler.set_timesteps(4)
+    moved = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+    with pytest.raises(sf.InvalidInput, match=r"changed the state.*Inpaint"):
+        scheduler.step(x, scheduler.timesteps[1], moved + 1)
+    with pytest.raises(sf.InvalidInput, match="no solver, grid or chart"):
+        make({"type": "Nobody"})
