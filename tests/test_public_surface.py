@@ -21,6 +21,7 @@ PUBLIC = {
     "solvers": "DDIM DDPM DEIS DPMSolver DPMSolverPP EDMHeun ERSDE EulerAncestral Restart RungeKutta SASolver UniPC",
     "solving": "Solution Status sample_seeds solve",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
+    "diffusers": "diffusers",
     "errors": "InvalidInput MissingDependency SdeflowError SolveFailed",
     "problems": "problems",
 }
