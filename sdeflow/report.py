@@ -83,6 +83,12 @@ def equation_name(record: Record) -> str:
     return f"{name}, η = {record.equation['eta']:g}" if kind == "ReverseSDE" else name
 
 
+def solver_name(record: Record) -> str:
+    """The method's name, after its library's where it is not our own."""
+    library = {"TorchDiffEq": "torchdiffeq ", "TorchSDE": "torchsde "}.get(str(record.solver["type"]), "")
+    return f"{library}{record.solver['name']}"
+
+
 def subject(record: Record) -> str:
     """Problem and process: "digits, VP"."""
     return f"{record.problem['name']}, {record.process['type']}"
@@ -100,13 +106,16 @@ def _series_key(record: Record) -> str:
 def _series_names(records: Iterable[Record]) -> dict[str, str]:
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for r in records:
-        by_name.setdefault(r.solver["name"], {})[_series_key(r)] = _settings(r)
+        by_name.setdefault(solver_name(r), {})[_series_key(r)] = _settings(r)
     names = {}
     for name, series in by_name.items():
         differ = [k for k in next(iter(series.values())) if len({repr(s.get(k)) for s in series.values()}) > 1]
         for key, settings in series.items():
-            said = ", ".join(f"{k} {_short(settings.get(k))}" for k in differ if settings.get(k) is not None)
-            names[key] = f"{name} ({said})" if said else name
+            chart = _short(settings["chart"]) if "chart" in differ and settings["chart"] else ""
+            said = ", ".join(
+                f"{k} {_short(settings.get(k))}" for k in differ if k != "chart" and settings.get(k) is not None
+            )
+            names[key] = name + (f" in {chart}" if chart else "") + (f" ({said})" if said else "")
     return names
 
 

@@ -20,7 +20,21 @@ def test_lines_join_runs_that_differ_in_effort_alone(make_record):
 def test_settings_that_tell_two_lines_apart_are_named(make_record):
     charts = [{"chart": {"type": t}} for t in ("PlainTime", "StraightLine")]
     drawn = report.points([make_record(steps=n, solver=c) for c in charts for n in (5, 10)])
-    assert [p.series for p in drawn] == ["rk4 (chart PlainTime)"] * 2 + ["rk4 (chart StraightLine)"] * 2
+    assert [p.series for p in drawn] == ["rk4 in PlainTime"] * 2 + ["rk4 in StraightLine"] * 2
+
+
+def test_a_setting_with_a_number_is_named_with_it(make_record):
+    series = {p.series for p in report.points([make_record(solver={"c": c}) for c in (0.5, 1.0)])}
+    assert series == {"rk4 (c 0.5)", "rk4 (c 1)"}
+
+
+def test_the_libraries_are_named(make_record):
+    kinds = ("TorchDiffEq", "TorchSDE", "RungeKutta")
+    assert [p.series for p in report.points([make_record(solver={"type": t}) for t in kinds])] == [
+        "torchdiffeq rk4",
+        "torchsde rk4",
+        "rk4",
+    ]
 
 
 def test_panels_are_equation_and_error(make_record):
