@@ -4,6 +4,7 @@ process → prediction → equation → solver → solution; see docs/index.md.
 """
 
 from sdeflow import diffusers, problems
+from sdeflow.brownian import BrownianPath
 from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
@@ -40,6 +41,7 @@ __all__ = [
     "VE",
     "VP",
     "Adams",
+    "BrownianPath",
     "Checkpointed",
     "ClassifierFree",
     "ClassifierGuidance",

@@ -339,15 +339,16 @@ class _Plan(NamedTuple):
             for chosen in (left, right | corner):
                 rows = active[chosen]
                 width = h[rows] * 2.0 ** -(level + 1)
-                takes.append(_Take(rows, (place + right * cells)[chosen], width[:, None], done[rows][:, None]))
+                half = (place + right * cells)[chosen]
+                takes.append(_Take(rows, half, width[:, None], done[rows][:, None]))
                 done[rows] += width
             code, own, width = _parts(ids, samples)
             stay = (need[active] > level + 1) | in_leaf[active]
-            half, active = (place + bit * cells)[stay], active[stay]
+            taken, active = (place + bit * cells)[stay], active[stay]
             path = (1 << (level + 1)) + (x[active] >> (depth - 1 - level))
             ids, place = torch.unique(_address(r[active], path) * samples + who[active], return_inverse=True)
-            source = torch.empty_like(ids).index_copy_(0, place, half)
-            levels.append(_Level(code, own, width * 2.0**-level, *takes, source))
+            source = torch.empty_like(ids).index_copy_(0, place, taken)
+            levels.append(_Level(code, own, width * 2.0**-level, takes[0], takes[1], source))
         first = torch.where(active < n, theta[active], 0.0)
         last = torch.where(active >= n, theta[active], 1.0)
         one = (active < n) & (c[active] == depth)

@@ -19,7 +19,7 @@ PUBLIC = {
     "charts": "LogSNR PlainTime SNRTime StraightLine Trigonometric",
     "grids": "Discrete InChart Karras Nodes Power Quadratic UniformLogSNR UniformTime",
     "solvers": "DDIM DDPM DEIS DPMSolver DPMSolverPP EDMHeun ERSDE EulerAncestral Restart RungeKutta SASolver UniPC",
-    "solving": "Solution Status sample_seeds solve",
+    "solving": "BrownianPath Solution Status sample_seeds solve",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
     "diffusers": "diffusers",
     "errors": "InvalidInput MissingDependency SdeflowError SolveFailed",
