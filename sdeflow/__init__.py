@@ -28,7 +28,9 @@ from sdeflow.solve import solve
 from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
+from sdeflow.solvers.fixed_adams import FixedAdams
 from sdeflow.solvers.runge_kutta import RungeKutta
+from sdeflow.tune import tune
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ __all__ = [
     "EDMPrediction",
     "Equation",
     "EulerAncestral",
+    "FixedAdams",
     "FlowPrediction",
     "ForwardSDE",
     "InChart",
@@ -99,4 +102,5 @@ __all__ = [
     "problems",
     "sample_seeds",
     "solve",
+    "tune",
 ]

@@ -151,7 +151,8 @@ class NoisePrediction(Prediction):
 
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return p / alpha, q - p * sigma / alpha
+        inverse = _share(p, alpha)
+        return inverse, q - sigma * inverse
 
 
 class ScorePrediction(Prediction):
@@ -159,7 +160,8 @@ class ScorePrediction(Prediction):
 
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return p / alpha, -sigma * (q - p * sigma / alpha)
+        inverse = _share(p, alpha)
+        return inverse, -sigma * (q - sigma * inverse)
 
 
 class VPrediction(Prediction):
@@ -218,6 +220,11 @@ class EDMPrediction(Prediction):
 
     def network_time(self, t: Tensor) -> Tensor:
         return -0.25 * self.process.half_log_snr(t) if self.time is None else self.time(t)
+
+
+def _share(p: Time, alpha: Tensor) -> Tensor:
+    """p/α, and 0 where nothing of D is asked for, α = 0 included."""
+    return torch.zeros_like(alpha) if isinstance(p, float) and p == 0.0 else p / alpha
 
 
 def _module_dtype(network: Network) -> torch.dtype | None:

@@ -213,7 +213,7 @@ class _Truth:
         t = _times(process, start, stop, calls - 1, 0.0, _TIGHT_GRID)
         chart = StraightLine().bind(process)
         u = chart.u(t).numpy()
-        A, _, dA, dS = (c.tolist() for c in chart.coefficients(chart.u(t)))
+        dA, dS = (c.tolist() for c in chart.drift_weights(chart.u(t)))
         alpha, sigma, m = process.alpha(t).tolist(), process.sigma(t).tolist(), chart.m(t).tolist()
         predictor, corrector = integrals(u, 5, 0), integrals(u, 5, 1)
         z = p = x.double() * m[0]
@@ -253,7 +253,9 @@ class _Truth:
 
     def model(self, solver: FixedAdams) -> float:
         """The same error predicted from the tight solve alone."""
-        assert isinstance(solver.grid, Nodes) and isinstance(solver.chart, StraightLine) and solver.corrector is not None
+        assert (
+            isinstance(solver.grid, Nodes) and isinstance(solver.chart, StraightLine) and solver.corrector is not None
+        )
         t = torch.tensor(solver.grid.values, dtype=torch.float64)
         D, eps = self._at(t)
         chart = solver.chart.bind(self.process)

@@ -188,3 +188,12 @@ def test_bad_arguments_are_named():
         sf.DataPrediction(lambda x, t: x, "vp")  # type: ignore[arg-type]
     with pytest.raises(sf.InvalidInput, match="floating"):
         sf.DataPrediction(lambda x, t: x, sf.VP(), dtype=torch.int64)
+
+
+def test_noise_and_score_at_alpha_zero():
+    process, x = sf.RectifiedFlow(), torch.randn(3, 2, dtype=torch.float64)
+    for predict in (
+        sf.NoisePrediction(lambda x, t: x, process),
+        sf.ScorePrediction(lambda x, t: -x, process),
+    ):
+        assert torch.equal(predict.noise(x, 1.0), x) and torch.equal(predict.score(x, 1.0), -x)

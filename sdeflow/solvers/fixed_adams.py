@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +29,8 @@ class FixedAdams(LinearMethod):
         z_n = z_{n−1} + ∫_{u_{n−1}}^{u_n} P_n,    p_{n+1} = z_n + ∫_{u_n}^{u_{n+1}} Q_n,
 
     P_n and Q_n the polynomials through the last `corrector` and `order` of F_0 … F_n. Weights are exact for the grid, however
-    uneven. The result is p_N, so that N steps are N evaluations. The first steps take the order the history allows.
+    uneven. The result is p_N, so that N steps are N evaluations. The first steps take the order the history allows, which
+    on grids refined evenly limits the observed order to 3 (2 without a corrector); `sf.tune` places them accordingly.
 
     Args:
         order: order of the predictor, 1 to 8.
@@ -59,11 +60,22 @@ class FixedAdams(LinearMethod):
 
     @property
     def facts(self) -> Facts:
-        # PEC: the corrector of k nodes is of order k, fed by a predictor of order p its defect is O(h^{p+1}) a step
-        kind: Literal["PEC", "predictor"] = "PEC" if self.corrector else "predictor"
-        order = self.order
-        name = f"Adams {order}{f'/{self.corrector}' if self.corrector else ''} {kind}"
-        return Facts(name, order, None, None, 1, False, ("none",), "drift", "Hairer, Nørsett & Wanner 1993, III.5")
+        # the corrector is fed by an evaluation O(h^{p+1}) off, so it can add one order; the first steps, of order 1 with
+        # a trapezoid behind them, are O(h³) in all, O(h²) without the corrector, and a fixed order above does not show
+        assert self.corrector is not None
+        reached = min(self.order + 1, self.corrector, 3) if self.corrector else min(self.order, 2)
+        name = f"Adams {self.order}, " + (f"corrector {self.corrector}" if self.corrector else "no corrector")
+        return Facts(
+            name,
+            max(reached, min(self.order, 2)),
+            None,
+            None,
+            1,
+            False,
+            ("none",),
+            "drift",
+            "Hairer, Nørsett & Wanner 1993, III.5",
+        )
 
     def save(self, path: str | Path) -> None:
         """Write order, corrector, chart and times to a small JSON file.
@@ -160,4 +172,3 @@ def integrals(u: np.ndarray, k: int, ahead: int) -> np.ndarray:
         moments = np.broadcast_to(1.0 / (power + 1.0), (rows.size, nodes))[..., None]
         out[rows[:, None], at] = h[:, None] * np.linalg.solve(vandermonde, moments)[..., 0]
     return out
-
