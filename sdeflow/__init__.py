@@ -26,6 +26,7 @@ from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solve import solve
 from sdeflow.solvers.adams import Adams
+from sdeflow.solvers.adaptive_rk import Dopri5, Tsit5
 from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
 from sdeflow.solvers.fixed_adams import FixedAdams
@@ -54,6 +55,7 @@ __all__ = [
     "DataPrediction",
     "Discrete",
     "DiscreteVP",
+    "Dopri5",
     "EDMHeun",
     "EDMPrediction",
     "Equation",
@@ -90,6 +92,7 @@ __all__ = [
     "StraightLine",
     "SubVP",
     "Trigonometric",
+    "Tsit5",
     "UniPC",
     "UniformLogSNR",
     "UniformTime",

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
-from sdeflow.solvers.control import Attempt, Flow, check_tolerances, drive, rms
+from sdeflow.solvers.control import Attempt, Flow, Trace, check_tolerances, drive, rms
 
 MAX_ORDER = 12
 SAFETY = 0.55
@@ -40,6 +40,7 @@ class Adams(Solver):
         max_steps: tries of a step, accepted or not, before a sample stops with status MAX_STEPS.
         chart: None for StraightLine() on diffusion equations and t on any other ODE.
         coupled: one step size and order for the whole batch, by its largest error: for networks that take one scalar t.
+        dense: keep the steps for `solution.at(t)`, by the corrector's own polynomial.
         pece: evaluate again after correcting. Costs twice and, on the problems measured, gains less.
 
     Reference: Krogh 1969; Shampine & Gordon 1975. Weights are computed for every sample's own nodes by Newton's
@@ -53,6 +54,7 @@ class Adams(Solver):
     chart: Chart | None = None
     coupled: bool = False
     pece: bool = False
+    dense: bool = False
 
     def __post_init__(self) -> None:
         check_tolerances("Adams", self.rtol, self.atol, self.max_steps)
@@ -76,7 +78,7 @@ class Adams(Solver):
     def integrate(self, task: Task) -> Outcome:
         flow = Flow.of(task, self.chart, one_time=self.coupled)
         stepper = AdamsStepper(flow, self.max_order, self.pece, self.coupled, task.gradients)
-        return drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled)
+        return drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)
 
 
 @lru_cache(maxsize=32)
@@ -156,7 +158,6 @@ class AdamsStepper:
         self.head = torch.zeros(n, dtype=torch.int64, device=u.device)
         self.count = torch.ones_like(self.head)
         self.k = torch.ones_like(self.head)
-        self.young = torch.ones_like(self.head, dtype=torch.bool)
         self.top = 1
 
     def _put(self, F: Tensor, slot: Tensor, f: Tensor) -> Tensor:
@@ -232,6 +233,48 @@ class AdamsStepper:
         self.top = int(self.k.max()) if len(self.k) else 1
 
     def keep(self, rows: Tensor) -> None:
-        for name in ("U", "F", "head", "count", "k", "young"):
+        for name in ("U", "F", "head", "count", "k"):
             setattr(self, name, getattr(self, name)[rows])
         self.top = int(self.k.max()) if len(rows) else 1
+
+    def payload(self) -> tuple[Tensor, ...]:
+        """See `Stepper`: the new value of f, the order, and f at the start (which only first steps need)."""
+        rows = torch.arange(len(self.k), device=self.k.device)
+        return self.f, self.k, self.F[rows, self.head]
+
+    def interpolate(self, trace: Trace, piece: Tensor, u: Tensor) -> Tensor:
+        """See `Stepper`: z(u) = z_n + ∫ of the polynomial through f at n + 1, n, …, n − k + 1.
+
+        Piece j of a sample ends at its node j + 1, so the nodes behind it are the ends of the pieces before it, and the
+        start of its first piece.
+        """
+        f, order, f_start = trace.payload
+        first, k = trace.first[piece], order[piece]
+        K = int(k.max()) + 1
+        back = torch.arange(K, device=u.device)
+        index = piece[:, None] - back
+        inside = index >= first[:, None]
+        index = torch.where(inside, index, first[:, None])
+        nodes = torch.where(inside, trace.end[index], trace.start[index])
+        values = torch.where(inside[:, :, None], f[index], f_start[index])
+        start, h = trace.start[piece], (trace.end - trace.start)[piece]
+        # in units of the step, from its start; nodes beyond the order get places of their own and no weight
+        s = torch.where(back <= k[:, None], (nodes - start[:, None]) / h[:, None], -1e3 - back)
+        v = (u - start) / h
+        table = newton_table(s.T.contiguous())
+        area = areas(s.T, v)
+        size = back[:, None]
+        w = (table * (area * (size <= k))[:, None]).sum(0).T
+        return trace.z[piece] + torch.einsum("nk,nkd->nd", (w * h[:, None]).to(values.dtype), values)
+
+
+def areas(s: Tensor, v: Tensor) -> Tensor:
+    """∫₀^v Π_{i<m}(w − s_i) dw for m = 0 … K − 1, (K, n), of nodes s (K, n) and v (n,)."""
+    K = len(s)
+    nodes, w = (torch.as_tensor(a, dtype=s.dtype, device=s.device) for a in gauss(K // 2 + 1))
+    points = nodes[:, None] * v
+    N, out = torch.ones_like(points), []
+    for m in range(K):
+        out.append(v * (w[:, None] * N).sum(0))
+        N = N * (points - s[m])
+    return torch.stack(out)

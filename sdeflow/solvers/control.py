@@ -8,6 +8,7 @@ out of the batch. Everything is a tensor over the samples that are still under w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -150,14 +151,67 @@ class Stepper(Protocol):
         """Go on with these samples (indices into the present ones) alone."""
         ...
 
+    def payload(self) -> tuple[Tensor, ...]:
+        """What `interpolate` needs of the step just tried besides its ends and first state, each (n, …)."""
+        ...
+
+    def interpolate(self, trace: Trace, piece: Tensor, u: Tensor) -> Tensor:
+        """The states (m, d) at u (m,), each inside the accepted step piece (m,) of the trace."""
+        ...
+
+
+class Trace:
+    """All accepted steps of a run, sample by sample in the order of travel, from which states between are had.
+
+    Attributes:
+        row: (m,) the sample; first: (m,) index of that sample's first step; start, end: (m,) clock; z: (m, d) state at start;
+        payload: the stepper's own.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, row: Tensor, start: Tensor, end: Tensor, z: Tensor, payload: tuple[Tensor, ...], ok: Tensor) -> None:
+        """Keep the steps accepted by `ok`."""
+        some = ok.nonzero().flatten()
+        self.parts.append(tuple(part[some] for part in (row, start, end, z, *payload)))
+
+    def close(self, flow: Flow, stepper: Stepper, x: Tensor) -> Callable[[float | Tensor], Tensor]:
+        """state(t): (batch, *event) at a time t in the interval, NaN for samples that did not get there."""
+        columns = [torch.cat(column) for column in zip(*self.parts, strict=True)]
+        order = columns[0].argsort(stable=True)
+        self.row, self.start, self.end, self.z, *rest = (column[order] for column in columns)
+        self.payload = tuple(rest)
+        place = torch.arange(len(order), device=order.device)
+        fresh = torch.cat([place.new_ones(1, dtype=torch.bool), self.row[1:] != self.row[:-1]])
+        self.first = torch.where(fresh, place, 0).cummax(0).values
+        low, high = sorted((flow.start, flow.stop))
+
+        def state(t: float | Tensor) -> Tensor:
+            when = float(t)
+            if not low <= when <= high:
+                raise InvalidInput(
+                    f"t={when:g} is outside the solved interval [{low:g}, {high:g}]; choose a time inside"
+                )
+            if when == flow.start:
+                return x
+            u = flow.u(when).to(self.start.device)
+            inside = ((u - self.start) * (u - self.end) <= 0).nonzero().flatten()
+            z = flow.z(flow.start, x).new_full((x.shape[0], self.z.shape[1]), torch.nan)
+            z[self.row[inside]] = stepper.interpolate(self, inside, u.expand(len(inside)))
+            return flow.x(when, z)
+
+        return state
+
 
 def rms(z: Tensor) -> Tensor:
     """Root mean square over the last dimension, float64."""
     return torch.linalg.vector_norm(z, dim=-1).double() / math.sqrt(z.shape[-1])
 
 
-def first_step(flow: Flow, z: Tensor, f: Tensor, allowed: Tensor, span: Tensor) -> Tensor:
-    """A first step for a first-order method, (n,): its error ½h²|z″| is the allowed one.
+def first_step(flow: Flow, z: Tensor, f: Tensor, allowed: Tensor, span: Tensor, order: int = 1) -> Tensor:
+    """A first step for a method of this order, (n,). For order p = 1 its error ½h²|z″| is the allowed one; for higher ones
+    h^{p+1} takes the place of h².
 
     z″ is not known. In a chart the flow bends on the scale 1 of the clock, |z″| ≈ |z| (exactly so where u = 1 in the
     straight-line chart); elsewhere |z″| is guessed as |f|²/|z|, and never less than |f|/span.
@@ -167,8 +221,13 @@ def first_step(flow: Flow, z: Tensor, f: Tensor, allowed: Tensor, span: Tensor) 
     bend = speed.square() / size.clamp_min(tiny)
     if flow.chart is not None:
         bend = torch.minimum(bend, size).maximum(0.5 * size)
-    bend = bend.maximum(speed / span).clamp_min(tiny)
-    return (2.0 * allowed / bend).sqrt().minimum(span)
+    # a state of size 0 says nothing of the scale
+    known = size > allowed
+    bend = torch.where(known, bend.maximum(speed / span), speed / span).clamp_min(tiny)
+    # lengths are measured by √(|z|/|z″|), the scale on which the flow bends
+    scale = torch.where(known, (size / bend).sqrt().minimum(span), span)
+    relative = 2.0 * allowed / (bend * scale.square()).clamp_min(tiny)
+    return (scale * relative ** (1.0 / (order + 1.0))).minimum(span)
 
 
 @dataclass
@@ -190,18 +249,27 @@ class _Under:
 
 
 def drive(
-    flow: Flow, task: Task, stepper: Stepper, rtol: float, atol: float, max_steps: int, coupled: bool = False
+    flow: Flow,
+    task: Task,
+    stepper: Stepper,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    coupled: bool = False,
+    dense: bool = False,
+    order: int = 1,
 ) -> Outcome:
     """Run a stepper over a task.
 
     Every sample takes its own steps, unless `coupled`: then the largest error decides for all. A step is allowed the
-    local error atol + rtol·|x| (RMS over the sample's elements) as carried to the end by `Flow.carry`.
+    local error atol + rtol·|x| (RMS over the sample's elements) as carried to the end by `Flow.carry`. `order` is that
+    of the method's first step; with `dense` all accepted steps are kept, and the outcome can be asked for any time.
 
     Returns:
         An Outcome. Statuses: MAX_STEPS after max_steps tries, NON_FINITE where the network stays so at ever smaller
         steps, STEP_UNDERFLOW where the step falls to the rounding of the clock.
     """
-    run = _Run(flow, task, stepper, rtol, atol, coupled)
+    run = _Run(flow, task, stepper, rtol, atol, coupled, Trace() if dense else None, order)
     for _ in range(max_steps):
         if not run.step():
             break
@@ -209,7 +277,18 @@ def drive(
 
 
 class _Run:
-    def __init__(self, flow: Flow, task: Task, stepper: Stepper, rtol: float, atol: float, coupled: bool):
+    def __init__(
+        self,
+        flow: Flow,
+        task: Task,
+        stepper: Stepper,
+        rtol: float,
+        atol: float,
+        coupled: bool,
+        trace: Trace | None,
+        order: int,
+    ):
+        self.trace, self.order = trace, order
         self.flow, self.task, self.stepper = flow, task, stepper
         self.rtol, self.atol, self.coupled = rtol, atol, coupled
         device, n = task.x.device, task.batch
@@ -243,7 +322,9 @@ class _Run:
             self.states[0] = torch.where(here, now.z, self.states[0])
             now.target = now.target + here
         f = self.flow.rhs(now.u, now.z)
-        now.h = first_step(self.flow, now.z, f, self.allowed(now.u, now.z), torch.full_like(now.u, self.span))
+        now.h = first_step(
+            self.flow, now.z, f, self.allowed(now.u, now.z), torch.full_like(now.u, self.span), self.order
+        )
         if self.coupled:
             now.h = now.h.nan_to_num(nan=self.span).amin().expand_as(now.h)
         self.stepper.begin(now.u, now.z, f)
@@ -272,6 +353,8 @@ class _Run:
             error, grow, shrink = error.amax().expand_as(error), grow.amin().expand_as(grow), shrink.amin().expand_as(h)
         ok = error <= 1.0
         shrink = torch.where(broken, 0.25, shrink)
+        if self.trace is not None:
+            self.trace.add(now.rows, now.u, end, now.z, self.stepper.payload(), ok)
         now.u = torch.where(ok, end, now.u)
         now.z = torch.where(ok[:, None], tried.z, now.z)
         # a step cut short to land says little against the step that was planned
@@ -327,7 +410,15 @@ class _Run:
         if self.states is not None:
             times = self.times[: self.saved].tolist()
             states = torch.stack([flow.x(t, z) for t, z in zip(times, self.states, strict=False)])
+        dense = None
+        if self.trace is not None and self.trace.parts:
+            dense = self.trace.close(flow, self.stepper, task.x)
         at = torch.where(self.status == Status.SUCCESS, task.stop, flow.t(self.u))
         return Outcome(
-            x=flow.x(at, self.z), states=states, status=self.status, accepted=self.accepted, rejected=self.rejected
+            x=flow.x(at, self.z),
+            states=states,
+            status=self.status,
+            accepted=self.accepted,
+            rejected=self.rejected,
+            dense=dense,
         )
