@@ -122,7 +122,7 @@ def run(target: str, steps: int, batch: int, seed: int, folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the small networks on scikit-learn's digits.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch", type=int, default=64)

@@ -34,11 +34,12 @@ class Counter:
         self.calls = 0
         self.limit = limit
         self.rows: Tensor | None = None
-        self._whole = 0
+        self._whole = self._pending = 0
         self._partial = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def restrict(self, rows: Tensor | None) -> None:
         """Say which samples the following calls evaluate: indices into the original batch, or None for all."""
+        self._flush()
         self.rows = rows
 
     def record(self, n: int) -> None:
@@ -58,12 +59,19 @@ class Counter:
         if self.rows is None:
             self._whole += copies
         else:
-            self._partial.index_add_(0, self.rows, torch.full_like(self.rows, copies))
+            # written down later: inside torch.func transforms a tensor from outside must not be changed
+            self._pending += copies
 
     @property
     def evaluations(self) -> Tensor:
         """Evaluations of every sample so far, int64, shape (batch,)."""
+        self._flush()
         return self._partial + self._whole
+
+    def _flush(self) -> None:
+        if self.rows is not None and self._pending:
+            self._partial.index_add_(0, self.rows, torch.full_like(self.rows, self._pending))
+        self._pending = 0
 
 
 class CallLimitReached(Exception):

@@ -99,7 +99,8 @@ def log_likelihood(
         probes: number of probes a sample; from two on the standard error is known.
         seed: of the probes: an integer or one seed a sample.
         start, stop: the data and the noise end; default: the process's t_min and t_max.
-        chart: coordinates to solve in; default StraightLine(). c = the data's standard deviation is a good choice.
+        chart: coordinates to solve in; default StraightLine(). Its c is best about half the data's
+            standard deviation or less: the density is made near the data end.
         prior: log-density of the state at `stop`, (batch, *event) → (batch,); default: the process's Gaussian prior, which
             ignores what is left of the data there (1e-3 to 2e-2 nats for VP).
         gradients: keep the graph, so that `log_prob` can be differentiated.

@@ -228,3 +228,49 @@ def test_what_cannot_work_is_refused():
         sf.bits_per_dim(x[:, 0], 2, width=0.0)
     with pytest.raises(sf.InvalidInput, match="level"):
         sf.log_likelihood(predict, x, RK4(steps=2)).interval(1.0)
+
+
+def test_adaptive_solves_reach_the_exact_density_with_labels_and_probes_kept_in_line():
+    """Samples leave an adaptive solve one by one: conditions, probes and counts must follow their samples."""
+    labels = torch.tensor([0, 3, 3, 7, 5])
+    x = torch.cat([RING.conditional(int(k)).sample(1, seed=int(k), dtype=torch.float64) for k in labels])
+    network = RING.network(VP, "noise")
+    predict = sf.NoisePrediction(sf.Conditioned(network, label=labels), VP)
+    solver = sf.Adams(rtol=1e-9, atol=1e-9)
+    ends = {int(k): RING.conditional(int(k)) for k in labels}
+
+    def prior(z):
+        return torch.cat([ends[int(k)].log_prob(z[n : n + 1], VP, VP.t_max) for n, k in enumerate(labels)])
+
+    found = sf.log_likelihood(predict, x, solver, prior=prior)
+    exact = torch.cat([ends[int(k)].log_prob(x[n : n + 1], VP, VP.t_min) for n, k in enumerate(labels)])
+    torch.testing.assert_close(found.log_prob, exact, rtol=0, atol=1e-5)
+    options = {"divergence": "rademacher", "probes": 3}
+    whole = sf.log_likelihood(predict, x, solver, seed=sf.sample_seeds(1, 5), prior=prior, **options)
+    for n in range(5):
+        one = sf.NoisePrediction(sf.Conditioned(network, label=labels[n : n + 1]), VP)
+        alone = sf.log_likelihood(
+            one, x[n : n + 1], solver, seed=sf.sample_seeds(1, 5)[n : n + 1],
+            prior=lambda z, k=int(labels[n]): ends[k].log_prob(z, VP, VP.t_max), **options,
+        )  # fmt: skip
+        torch.testing.assert_close(alone.log_prob, whole.log_prob[n : n + 1], rtol=0, atol=1e-7)
+        # rounding differs with the batch's size, and may move a step
+        assert abs(alone.solution.evaluations[0] - whole.solution.evaluations[n]) <= 3
+
+
+@pytest.mark.parametrize("problem", [RING, sf.problems.gaussian()], ids=lambda p: p.name)
+@pytest.mark.parametrize("process", [VP, EDM], ids=lambda p: type(p).__name__)
+def test_adams_to_a_tight_tolerance_gives_the_exact_density(problem, process):
+    x = problem.sample(8, seed=4, dtype=torch.float64)
+    found = sf.log_likelihood(
+        problem.prediction(process), x, sf.Adams(rtol=1e-8, atol=1e-8), prior=exact_prior(problem, process)
+    )
+    exact = problem.log_prob(x, process, process.t_min)
+    torch.testing.assert_close(found.log_prob, exact, rtol=0, atol=1e-5)
+    assert found.solution.evaluations.double().mean() < 250
+
+
+def test_encode_then_decode_to_ten_times_the_tolerance():
+    x, predict, solver = RING.sample(32, seed=1, dtype=torch.float64), RING.prediction(VP), sf.Adams(1e-7, 1e-7)
+    back = sf.decode(predict, sf.encode(predict, x, solver).x, solver).x
+    assert (back - x).square().mean(1).sqrt().max() < 1e-6

@@ -3,14 +3,11 @@
 Needs the extra: pip install 'sdeflow[diffusers]'. Importing this package does not import diffusers; using it does.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdeflow.diffusers.pipelines import Loaded, from_pipeline, from_pretrained, prediction_of, process_of, require
 
-if TYPE_CHECKING:
-    from sdeflow.diffusers.scheduler import SolverScheduler
-
-__all__ = ["Loaded", "SolverScheduler", "from_pipeline", "from_pretrained", "prediction_of", "process_of"]
+__all__ = ["Loaded", "from_pipeline", "from_pretrained", "prediction_of", "process_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -308,10 +308,12 @@ def scheduler_class() -> type:
                     "the pipeline changed the state between two steps, which the solver cannot take in; for inpainting "
                     "write sf.Inpaint(prediction, known, mask) and sf.solve"
                 )
+            assert run.state is not None
             run.answer(model_output.detach().to(run.state.dtype))
             self._n += 1
-            ended = run.x is not None
-            previous = (run.x if ended else run.state).to(sample.dtype)
+            ended, following = run.x is not None, run.state if run.x is None else run.x
+            assert following is not None
+            previous = following.to(sample.dtype)
             self._given = previous
             if ended:
                 self._stop()
@@ -353,7 +355,7 @@ def scheduler_class() -> type:
 
         def _span(self, solver: FixedStep) -> dict[str, float]:
             if isinstance(solver.grid, Nodes):
-                return {"start": solver.grid.values[0], "stop": solver.grid.values[-1]}
+                return {"start": float(solver.grid.values[0]), "stop": float(solver.grid.values[-1])}
             return {"start": self.process.t_max, "stop": self.process.t_min}
 
         def _closed(self, nodes: list[float]) -> list[float]:
