@@ -226,6 +226,9 @@ FAMILIES = {
     "DEIS": "exponential",
     "SASolver": "exponential",
     "Adams": "Adams",
+    "FixedAdams": "Adams",
+    "Tsit5": "Runge–Kutta",
+    "Dopri5": "Runge–Kutta",
 }
 """What shares a colour; a class that is not here is a family of its own."""
 ORDER = tuple(dict.fromkeys(FAMILIES.values()))

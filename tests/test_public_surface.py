@@ -18,7 +18,10 @@ PUBLIC = {
     "equations": "Equation ForwardSDE ProbabilityFlowODE ReverseSDE",
     "charts": "LogSNR PlainTime SNRTime StraightLine Trigonometric",
     "grids": "Discrete InChart Karras Nodes Power Quadratic UniformLogSNR UniformTime",
-    "solvers": "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta SASolver UniPC",
+    "solvers": (
+        "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta "
+        "SASolver Tsit5 UniPC"
+    ),
     "solving": "BrownianPath Solution Status sample_seeds solve tune",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
     "diffusers": "diffusers",

@@ -14,8 +14,17 @@ from sdeflow.measure import Record
 from sdeflow.sweep import Run, sweep
 
 COMPARED = {
-    "ode": ("RungeKutta('rk4')", "DDIM", "DPMSolverPP(order=2)", "UniPC(order=3)"),
-    "sde": ("DDIM(eta=1.0)", "DPMSolverPP(order=2, sde=True)"),
+    "ode": (
+        "RungeKutta('rk4')",
+        "DDIM",
+        "DPMSolverPP(order=2)",
+        "UniPC(order=3)",
+        "Adams",
+    ),
+    "sde": (
+        "DDIM(eta=1.0)",
+        "DPMSolverPP(order=2, sde=True)",
+    ),
 }
 """What `sdeflow compare` runs when no solver is named."""
 
@@ -102,9 +111,7 @@ def _add_sample(app: Any, typer: Any) -> None:
     def sample(
         problem: str = typer.Option("digits", "--problem", "-p", help="digits, gaussian, mixture64 or ring"),
         process: str = typer.Option("VP", help="as in compare"),
-        solver: str = typer.Option(
-            "TorchDiffEq('dopri5', rtol=1e-3, atol=1e-3)", "--solver", "-s", help="with its settings"
-        ),
+        solver: str = typer.Option("UniPC(order=3, steps=20)", "--solver", "-s", help="with its settings"),
         eta: float = typer.Option(0.0, help="0: the probability-flow ODE; above: the reverse SDE with this η"),
         samples: int = typer.Option(64, help="how many"),
         label: int = typer.Option(-1, help="one class only; −1 for all"),
@@ -178,7 +185,7 @@ class _Progress:
             records.append(step.record)
             found += not step.made
             self._bar.update(
-                self._task, advance=1, description=f"{step.record.solver['name']} {report.effort(step.record)}"
+                self._task, advance=1, description=f"{report.solver_name(step.record)} {report.effort(step.record)}"
             )
         if found:
             self._bar.console.print(f"{found} of {len(runs)} runs were found in {path} and not made again")
