@@ -31,6 +31,8 @@ from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
 from sdeflow.solvers.fixed_adams import FixedAdams
 from sdeflow.solvers.runge_kutta import RungeKutta
+from sdeflow.solvers.torchdiffeq import TorchDiffEq
+from sdeflow.solvers.torchsde import TorchSDE, as_torchsde
 from sdeflow.tune import tune
 
 __version__ = "0.1.0"
@@ -91,12 +93,15 @@ __all__ = [
     "Status",
     "StraightLine",
     "SubVP",
+    "TorchDiffEq",
+    "TorchSDE",
     "Trigonometric",
     "Tsit5",
     "UniPC",
     "UniformLogSNR",
     "UniformTime",
     "VPrediction",
+    "as_torchsde",
     "bits_per_dim",
     "decode",
     "diffusers",

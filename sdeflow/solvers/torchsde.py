@@ -1,0 +1,561 @@
+"""torchsde's methods (Li et al. 2020, Kidger et al. 2021; torchsde 0.2.6) behind sdeflow's face.
+
+The method's step is the library's; the loop over the steps is here, because the library's own interpolates outputs off
+its steps, takes one more step when sums of dt miss the end, accepts failed steps at dt_min, has no limits and follows no
+grid but an even one. The library's clock runs forward only: an equation solved from large u to small runs in s = −u,
+which is exact. docs/backends.md lists every pitfall with its cure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torchsde
+from torch import Tensor
+from torchsde._core import methods as library
+from torchsde._core.adaptive_stepping import update_step_size
+from torchsde._core.base_sde import ForwardSDE as LibrarySDE
+
+from sdeflow.brownian import BrownianPath
+from sdeflow.charts import Chart, LogSNR
+from sdeflow.counting import CallLimitReached
+from sdeflow.equations import Equation
+from sdeflow.errors import InvalidInput
+from sdeflow.grids import Grid, InChart, Nodes, UniformTime
+from sdeflow.random import standard_normal
+from sdeflow.solution import Status
+from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
+from sdeflow.solvers.torchdiffeq import (
+    PATIENCE,
+    Clock,
+    check_limit,
+    check_method,
+    check_steps,
+    check_tolerances,
+    rows,
+)
+
+STEP_STREAM, JUMP_STREAM = 2, 3
+"""Random streams of the steps, and of the one that leaves α = 0, apart from those of priors, data and paths."""
+LOWEST = -6.0
+"""λ to which that step goes where the grid is a rule: its error is of order α² = e^{−12}."""
+
+
+class Method(NamedTuple):
+    """A method: orders on additive noise, drift calls a step there, calculus, what it accepts, where it is from."""
+
+    strong: float
+    weak: float
+    calls: int
+    calculus: tuple[str, ...]
+    noise: tuple[str, ...]
+    levy: str
+    reference: str
+
+
+_ITO, _STRATONOVICH = ("ito",), ("stratonovich",)
+_COMMUTATIVE, _ALL = ("additive", "diagonal", "scalar"), ("additive", "diagonal", "scalar", "general")
+METHODS = {
+    "srk": Method(1.5, 2.0, 2, _ITO, _COMMUTATIVE, "space-time", "Rößler 2010"),
+    "euler": Method(1.0, 1.0, 1, _ITO, _ALL, "none", "Maruyama 1955"),
+    "milstein": Method(1.0, 1.0, 1, _ITO + _STRATONOVICH, _COMMUTATIVE, "none", "Milstein 1974"),
+    "heun": Method(1.0, 2.0, 2, _STRATONOVICH, _ALL, "none", "Rümelin 1982"),
+    "midpoint": Method(1.0, 1.0, 2, _STRATONOVICH, _ALL, "none", "Kloeden & Platen 1992"),
+    "euler_heun": Method(1.0, 1.0, 1, _STRATONOVICH, _ALL, "none", "Kloeden & Platen 1992"),
+    "log_ode": Method(1.0, 1.0, 2, _STRATONOVICH, _ALL, "foster", "Foster, Lyons & Oberhauser 2020"),
+}
+REFUSED = {
+    "reversible_heun": "it is unstable on reverse-time diffusion (its two states drift apart where the drift is "
+    'stiff); write TorchSDE("heun", steps=...)',
+    "adjoint_reversible_heun": "it only serves that method's gradients",
+}
+
+
+@dataclass(frozen=True)
+class TorchSDE(Solver):
+    """An SDE through torchsde's methods; diffusion equations in a chart's (u, z), others in t.
+
+    Orders hold for additive noise, which every reverse SDE has. Adaptive steps are torchsde's: one step against two
+    halves, its step-size rule, for the whole batch; the largest sample's RMS error decides.
+
+    The noise lives in the clock of the solve and depends on the sample's own seed, not on its batch. With `seed=`, step n
+    of a fixed grid draws its own normals, at the cost of a normal; adaptive steps query a `BrownianPath` of that seed.
+    With `path=` every solver in the same chart sees the same path, whatever its steps are. "log_ode" needs Lévy areas, so
+    its noise is torchsde's Brownian interval: one entropy for the batch, derived from all its seeds.
+
+    Args:
+        method: "srk", "euler", "milstein" (Itô), "heun", "midpoint", "euler_heun", "log_ode" (Stratonovich; where the noise
+            does not depend on the state the two are one).
+        steps: number of steps; of the first step with adaptive=True (default there: 100).
+        dt: step in the clock, in place of steps.
+        grid: a rule for placing the steps, or the times themselves; default uniform in the chart's clock.
+        adaptive: choose the steps by rtol, atol; three times the calls a step.
+        rtol, atol: tolerances of z, adaptive only.
+        chart: None for `LogSNR()` on diffusion equations and t on all others; `PlainTime()` for t on all.
+        max_steps: attempted steps of an adaptive solve, after which samples end as MAX_STEPS.
+        max_evaluations: network calls, likewise; default no limit.
+
+    Where a solve begins at α = 0 (rectified flow at t = 1), the reverse SDE forgets its state at once: the first step is
+    x = αD + σε, exact as long as D is constant; its error is O(α²).
+
+    Raises:
+        InvalidInput: unknown or refused method, no steps, noise or calculus the method does not solve, adaptive half
+            precision, a chart on an equation without a prediction.
+
+    Example:
+        >>> sf.solve(sf.ReverseSDE(predict), sf.TorchSDE("srk", steps=100), noise, seed=0)
+    """
+
+    method: str = "srk"
+    steps: int | None = None
+    dt: float | None = None
+    grid: Grid | Tensor | list[float] | tuple[float, ...] | None = None
+    adaptive: bool = False
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    chart: Chart | None = None
+    max_steps: int = 100_000
+    max_evaluations: int | None = None
+
+    def __post_init__(self) -> None:
+        check_method("TorchSDE", self.method, METHODS, REFUSED)
+        if self.grid is not None and not isinstance(self.grid, Grid):
+            object.__setattr__(self, "grid", Nodes(self.grid))
+        if isinstance(self.grid, Nodes) and self.steps is None:
+            object.__setattr__(self, "steps", self.grid.steps)
+        if self.dt is not None:
+            if self.steps is not None or self.grid is not None:
+                raise InvalidInput("dt and steps (or grid) both place the steps; leave one of them out")
+            if not (math.isfinite(self.dt) and self.dt > 0):
+                raise InvalidInput(f"dt must be positive and finite, whichever way the solve runs; got {self.dt!r}")
+        if self.adaptive and self.grid is not None:
+            raise InvalidInput("an adaptive solve chooses its own steps; leave grid out")
+        if not (self.dt is not None or (self.adaptive and self.steps is None)):
+            check_steps(f'TorchSDE("{self.method}")', self.steps)
+        check_tolerances(self.rtol, self.atol)
+        check_limit("max_steps", self.max_steps)
+        if self.max_evaluations is not None:
+            check_limit("max_evaluations", self.max_evaluations)
+
+    @property
+    def facts(self) -> Facts:
+        m = METHODS[self.method]
+        calls = None if self.adaptive else float(m.calls)
+        return Facts(
+            self.method, None, m.strong, m.weak, calls, self.adaptive, m.noise, "drift", f"torchsde; {m.reference}"
+        )
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        equation, known = task.equation, METHODS[self.method]
+        if equation.noise != "additive" and equation.calculus not in known.calculus:
+            fit = [name for name, m in METHODS.items() if equation.calculus in m.calculus and equation.noise in m.noise]
+            raise InvalidInput(
+                f"{self.method} solves {' and '.join(known.calculus)} equations, and {equation!r} is {equation.calculus} "
+                f"with {equation.noise} noise; take one of {', '.join(fit)}"
+            )
+        if self.chart is not None and equation.predict is None:
+            raise InvalidInput("chart needs a diffusion equation; leave it out for an Equation of your own")
+        if self.adaptive and task.x.dtype.itemsize < 4:
+            raise InvalidInput(
+                f"adaptive steps control an error that {task.x.dtype} cannot resolve; write solve(..., x.float()): the "
+                'network keeps its own dtype. Or take fixed steps, TorchSDE("srk", steps=100)'
+            )
+        if self.adaptive and self.method == "euler" and equation.noise != "additive":
+            raise InvalidInput(
+                "adaptive steps with euler need additive noise: with other noise the steps' choice biases it; "
+                'write TorchSDE("srk", adaptive=True)'
+            )
+        if task.path is not None and METHODS[self.method].levy == "foster":
+            raise InvalidInput(f"{self.method} needs Lévy areas between elements, which a path has not; write seed=...")
+
+    def integrate(self, task: Task) -> Outcome:
+        if self.max_evaluations is not None:
+            task.counter.limit = self.max_evaluations
+        return _Run(self, task).go()
+
+
+# --- an equation as torchsde sees it
+
+
+class TorchsdeEquation:
+    """f, g, noise_type and sde_type on a forward clock: what `torchsde.sdeint` takes. Made by `as_torchsde`.
+
+    f(s, y) and g(s, y) with y (batch, d). The last drifts are remembered by (s, y itself), because srk asks for the same
+    one several times; the count of evaluations is what is really evaluated.
+    """
+
+    def __init__(
+        self,
+        drift: Callable[[Tensor, Tensor], Tensor],
+        diffusion: Callable[[Tensor, Tensor], Tensor],
+        noise_type: str,
+        sde_type: str,
+        sign: float,
+        event: tuple[int, ...] | None,
+    ):
+        self.noise_type, self.sde_type = noise_type, sde_type
+        self._drift, self._diffusion, self._sign, self._event = drift, diffusion, sign, event
+        self._memo: deque[tuple[float, Tensor, Tensor]] = deque(maxlen=4)
+
+    def _state(self, y: Tensor) -> Tensor:
+        return y if self._event is None else y.reshape(-1, *self._event)
+
+    def f(self, s: Tensor, y: Tensor) -> Tensor:
+        """The drift along the forward clock, (batch, d)."""
+        at = float(s)
+        for known, state, value in self._memo:
+            if state is y and known == at:
+                return value
+        value = (self._sign * self._drift(self._sign * s, self._state(y))).reshape(y.shape)
+        self._memo.append((at, y, value))
+        return value
+
+    def g(self, s: Tensor, y: Tensor) -> Tensor:
+        """The diffusion: (batch, d) for diagonal noise, (batch, d, m) for others."""
+        value = self._diffusion(self._sign * s, self._state(y))
+        if self.noise_type == "general":
+            return value.expand(y.shape[0], *value.shape[-2:])
+        state = self._state(y)
+        value = value.expand(state.shape).reshape(y.shape)
+        return value[..., None] if self.noise_type == "scalar" else value
+
+
+class _Additive(TorchsdeEquation):
+    """Additive noise without its (batch, d, d) matrix: the same g on the diagonal, known by its products alone."""
+
+    def g_prod(self, s: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        value = self._diffusion(self._sign * s, self._state(y))
+        return (value * self._state(v)).reshape(y.shape)
+
+
+def as_torchsde(
+    equation: Equation,
+    backward: bool | None = None,
+    event: tuple[int, ...] | None = None,
+    sde_type: Literal["ito", "stratonovich"] | None = None,
+) -> TorchsdeEquation:
+    """An SDE as the object `torchsde.sdeint` solves; on the clock s = −t if it runs from large t to small.
+
+    Additive noise is told as diagonal, which every method of the library takes without a bm.
+
+    Args:
+        equation: an equation with noise.
+        backward: whether t decreases; default: as the equation's own start and stop say, else forward.
+        event: the event's shape where it is not flat; states are then (batch, prod(event)).
+        sde_type: "stratonovich" for the methods that need it, on additive noise only; default the equation's calculus.
+
+    Raises:
+        InvalidInput: the equation has no noise, or another calculus would change its meaning.
+
+    Example:
+        >>> torchsde.sdeint(sf.as_torchsde(sf.ReverseSDE(predict)), noise, torch.tensor([-1.0, -1e-3]), dt=0.01, method="srk")
+    """
+    if not isinstance(equation, Equation) or not equation.stochastic:
+        raise InvalidInput(f"as_torchsde needs an equation with noise; got {equation!r}. ODEs go to torchdiffeq.odeint")
+    if sde_type is not None and sde_type != equation.calculus and equation.noise != "additive":
+        raise InvalidInput(
+            f"{equation!r} is {equation.calculus}; with noise that depends on the state it is another equation as {sde_type}"
+        )
+    if backward is None:
+        backward = equation.start is not None and equation.stop is not None and equation.start > equation.stop
+    kind = "diagonal" if equation.noise == "additive" else equation.noise
+    sign = -1.0 if backward else 1.0
+    return TorchsdeEquation(equation.drift, equation.diffusion, kind, sde_type or equation.calculus, sign, event)
+
+
+# --- noise
+
+
+class _Noise(torchsde.BaseBrownian):
+    """Increments as torchsde asks for them: W over [ta, tb], and U = h(W/2 + H) = ∫(w − w(ta)) du on demand."""
+
+    def __init__(
+        self, draw: Callable[[float, float, bool], tuple[Tensor, Tensor | None]], shape: tuple[int, int], like: Tensor
+    ):
+        self._draw, self._shape, self._like = draw, torch.Size(shape), like
+
+    def __call__(self, ta, tb=None, return_U=False, return_A=False):
+        ta, tb = (0.0, float(ta)) if tb is None else (float(ta), float(tb))
+        W, H = self._draw(ta, tb, return_U)
+        return W if H is None else (W, (0.5 * W + H) * (tb - ta))
+
+    def __repr__(self) -> str:
+        return f"_Noise{tuple(self._shape)}"
+
+    @property
+    def dtype(self):
+        return self._like.dtype
+
+    @property
+    def device(self):
+        return self._like.device
+
+    @property
+    def shape(self):
+        return self._shape
+
+    @property
+    def levy_area_approximation(self):
+        return "space-time"
+
+
+def _along(path: Any, sign: float, shape: tuple[int, int], like: Tensor) -> _Noise:
+    """The noise of a path: increment(s, t) → (W, H), in the clock u = sign·s."""
+
+    def draw(ta: float, tb: float, area: bool) -> tuple[Tensor, Tensor | None]:
+        W, H = (v.reshape(shape).to(like) for v in path.increment(sign * ta, sign * tb))
+        return W, H if area else None
+
+    return _Noise(draw, shape, like)
+
+
+def _stepwise(seeds: Tensor, s: Tensor, shape: tuple[int, int], like: Tensor) -> _Noise:
+    """Independent normals for the steps of a grid, keyed by (seed, number of the step)."""
+    number = {at: n for n, at in enumerate(s.tolist())}
+
+    def draw(ta: float, tb: float, area: bool) -> tuple[Tensor, Tensor | None]:
+        z = standard_normal(
+            seeds, (2 if area else 1, shape[1]), number[ta], STEP_STREAM, dtype=like.dtype, device=like.device
+        ) * math.sqrt(tb - ta)
+        return z[:, 0], z[:, 1] / math.sqrt(12.0) if area else None
+
+    return _Noise(draw, shape, like)
+
+
+def _interval(task: Task, s: Tensor, channels: int, like: Tensor, levy: str) -> torchsde.BrownianInterval:
+    seeds = task.seeds
+    assert seeds is not None
+    digest = hashlib.blake2b(seeds.cpu().numpy().tobytes(), digest_size=8).digest()
+    step = ((s[-1] - s[0]) / (s.numel() - 1)).item()
+    return torchsde.BrownianInterval(
+        t0=s[0].item(),
+        t1=s[-1].item(),
+        size=(task.batch, channels),
+        dtype=like.dtype,
+        device=like.device,
+        entropy=int.from_bytes(digest, "little"),
+        dt=step,
+        levy_area_approximation=levy,
+    )
+
+
+# --- the loop
+
+
+class _Stopped(Exception):
+    def __init__(self, status: Status):
+        super().__init__(status.name)
+        self.status = status
+
+
+class _Run:
+    """One solve: the jump from α = 0 if there is one, then steps of the library's method in s = ±u.
+
+    `y` is always the state the samples have reached, flattened (batch, d), in the coordinates of `clock`.
+    """
+
+    def __init__(self, solver: TorchSDE, task: Task):
+        self.solver, self.task, self.chart = solver, task, solver.chart or LogSNR()
+        self.outputs = [] if task.save_at is None else task.save_at.tolist()
+        self.status, self.accepted, self.rejected = task.constant(0), task.constant(0), task.constant(0)
+        self.dead = torch.zeros_like(self.status, dtype=torch.bool)
+        self.saved: dict[float, Tensor] = {}
+        self.clock, self.t = Clock(task, None), task.start
+        # half-precision states are summed in float32; the network sees their own dtype
+        self.y = task.x.flatten(1).to(task.x.dtype if task.x.dtype.itemsize >= 4 else torch.float32)
+
+    def go(self) -> Outcome:
+        task = self.task
+        self._bury(~finite_rows(self.y))
+        self._reached(task.start)
+        try:
+            nodes, jumps = self._nodes()
+            if jumps:
+                self._jump(nodes[1].item())
+                nodes = nodes[1:]
+            if nodes.numel() > 1:
+                self._walk(nodes)
+        except CallLimitReached:
+            self._give_up(Status.MAX_STEPS)
+        except _Stopped as stop:
+            self._give_up(stop.status)
+        x, states = self._state(), None
+        if self.outputs:
+            void = torch.full_like(x, math.nan)
+            states = torch.stack([self.saved.get(t, void) for t in self.outputs])
+        return Outcome(x=x, states=states, status=self.status, accepted=self.accepted, rejected=self.rejected)
+
+    # --- where the steps lie
+
+    def _nodes(self) -> tuple[Tensor, bool]:
+        """All nodes in t, outputs among them, and whether the first step is the jump from α = 0."""
+        solver, task, process = self.solver, self.task, self.task.equation.process
+        start, steps, grid = task.start, solver.steps, solver.grid
+        predict = task.equation.predict
+        jumps = predict is not None and start > task.stop and self._at_zero(start)
+        head = torch.empty(0, dtype=torch.float64)
+        if jumps and not isinstance(grid, Nodes):
+            assert process is not None
+            inner = [t for t in self.outputs if t < start]
+            head = torch.tensor([start], dtype=torch.float64)
+            start = max([process.time(LOWEST).item(), task.stop, *inner[:1]])
+            if start == task.stop:
+                return torch.cat([head, head.new_tensor([start])]), True
+            # the jump is one of the steps
+            steps = None if steps is None else max(1, steps - 1)
+        if grid is None:
+            grid = UniformTime() if predict is None else InChart(self.chart)
+        assert isinstance(grid, Grid)
+        if solver.dt is not None:
+            ends = Clock.of(replace(task, start=start), self.chart).u(head.new_tensor([start, task.stop]))
+            steps = math.ceil((ends[1] - ends[0]).abs().item() / solver.dt - 1e-9)
+        nodes = torch.cat([head, grid.times(process, start, task.stop, steps or 100)])
+        return (nodes if task.save_at is None else merge(nodes, task.save_at)), jumps
+
+    def _at_zero(self, t: float) -> bool:
+        process = self.task.equation.process
+        return process is not None and process.alpha(t).item() == 0.0
+
+    # --- steps
+
+    def _jump(self, t: float) -> None:
+        """From α = 0 to t: x = α D + σ ε, one evaluation."""
+        task, process, predict = self.task, self.task.equation.process, self.task.equation.predict
+        assert process is not None and predict is not None
+        seeds = task.path.seeds if task.seeds is None else task.seeds
+        noise = standard_normal(seeds, self.y.shape[1:], stream=JUMP_STREAM, dtype=self.y.dtype, device=self.y.device)
+        mean = predict.combine(task.x, task.start, process.alpha(t), 0.0).flatten(1)
+        self._arrive(mean + process.sigma(t).item() * noise, t)
+
+    def _walk(self, nodes: Tensor) -> None:
+        task = replace(self.task, start=nodes[0].item(), x=self._state())
+        clock = Clock.of(task, self.chart)
+        u = clock.u(nodes)
+        sign = 1.0 if bool(u[-1] > u[0]) else -1.0
+        s = sign * u
+        if not bool((s.diff() > 0).all()):
+            raise InvalidInput(
+                f"the grid does not move one way in the clock of {self.chart!r}; write another grid or chart"
+            )
+        self.y = clock.enter(self.y.reshape(task.x.shape)).flatten(1)
+        self.clock = clock
+        method = self._method(task, clock, sign, s)
+        if self.solver.adaptive:
+            self._choose_steps(method, s, nodes)
+            return
+        for n, t in enumerate(nodes[1:].tolist()):
+            y, _ = method.step(s[n], s[n + 1], self.y, ())
+            self._arrive(y, t)
+            self._tell((n + 1) / (nodes.numel() - 1))
+
+    def _choose_steps(self, method: Any, s: Tensor, nodes: Tensor) -> None:
+        """torchsde's adaptive rule: one step against two halves."""
+        solver, at, h = self.solver, s[0], (s[1] - s[0]).item()
+        ends = torch.isin(nodes, torch.tensor([*self.outputs, self.task.stop], dtype=torch.float64))
+        in_a_row, ratio, attempts = self.task.constant(0), None, 0
+        for end, t in zip(s[ends], nodes[ends].tolist(), strict=True):
+            while at < end:
+                cut = bool(at + h * (1.0 + 1e-9) >= end)
+                to = end if cut else at + h
+                middle = 0.5 * (at + to)
+                if attempts >= solver.max_steps:
+                    raise _Stopped(Status.MAX_STEPS)
+                if not bool((middle > at) & (to > middle)):
+                    raise _Stopped(Status.STEP_UNDERFLOW)
+                attempts += 1
+                full, _ = method.step(at, to, self.y, ())
+                half, _ = method.step(at, middle, self.y, ())
+                half, _ = method.step(middle, to, half, ())
+                size = (to - at).item()
+                bad = ~(finite_rows(full) & finite_rows(half)) & ~self.dead
+                if bool(bad.any()):
+                    self.rejected += ~self.dead
+                    in_a_row = torch.where(bad, in_a_row + 1, 0)
+                    self._bury(in_a_row >= PATIENCE)
+                    h, ratio = 0.2 * size, None
+                    continue
+                in_a_row.zero_()
+                error = self._error(full, half)
+                proposed, ratio = update_step_size(error, size, prev_error_ratio=ratio)
+                if error > 1.0:
+                    self.rejected += ~self.dead
+                    h = proposed
+                    continue
+                h = max(h, proposed) if cut else proposed
+                at = to
+                self._arrive(half, t if cut else None)
+                self._tell(((at - s[0]) / (s[-1] - s[0])).item())
+
+    @torch.no_grad()
+    def _error(self, full: Tensor, half: Tensor) -> float:
+        tolerance = self.solver.atol + self.solver.rtol * torch.maximum(full.abs(), half.abs())
+        square = ((full - half) / tolerance).square().mean(1)
+        return max(1e-7, torch.where(self.dead, 0.0, square).max().sqrt().item())
+
+    # --- where the samples are
+
+    def _state(self) -> Tensor:
+        z = self.y.reshape(self.task.x.shape)
+        return self.clock.leave(self.t, z).to(self.task.x.dtype)
+
+    def _arrive(self, y: Tensor, t: float | None) -> None:
+        """The samples step to y; those for which it is not finite stay, and fail. t: the time, where it is a node."""
+        self.accepted += ~self.dead
+        bad = ~finite_rows(y) & ~self.dead
+        self._bury(bad)
+        self.accepted -= bad.long()
+        self.y = torch.where(self.dead[:, None], self.y, y)
+        if t is not None:
+            self.t = t
+            self._reached(t)
+
+    def _bury(self, bad: Tensor) -> None:
+        self.status = torch.where(bad & ~self.dead, int(Status.NON_FINITE), self.status)
+        self.dead = self.dead | bad
+        if bool(self.dead.all()):
+            raise _Stopped(Status.NON_FINITE)
+
+    def _reached(self, t: float) -> None:
+        for wanted in self.outputs:
+            if abs(wanted - t) <= 1e-12 * abs(self.task.stop - self.task.start):
+                x = self._state()
+                self.saved[wanted] = torch.where(rows(self.dead, x), math.nan, x)
+
+    def _give_up(self, status: Status) -> None:
+        self.status = torch.where(self.dead, self.status, int(status))
+
+    def _tell(self, fraction: float) -> None:
+        if self.task.progress is not None:
+            self.task.progress(fraction)
+
+    # --- the library's stepper
+
+    def _method(self, task: Task, clock: Clock, sign: float, s: Tensor) -> Any:
+        """The library's solver object for this equation, clock and noise."""
+        equation, known = task.equation, METHODS[self.solver.method]
+        calculus = equation.calculus if equation.calculus in known.calculus else known.calculus[0]
+        kind = _Additive if equation.noise == "additive" else TorchsdeEquation
+        sde = kind(clock.drift, clock.diffusion, equation.noise, calculus, sign, tuple(task.x.shape[1:]))
+        channels = {"scalar": 1, "general": -1}.get(equation.noise, self.y.shape[1])
+        if channels < 0:
+            channels = sde.g(s[0], self.y).shape[-1]
+        shape = (task.batch, channels)
+        if task.path is not None:
+            bm = _along(task.path, sign, shape, self.y)
+        elif known.levy == "foster":
+            bm = _interval(task, s, channels, self.y, known.levy)
+        elif self.solver.adaptive:
+            assert task.seeds is not None
+            bm = _along(BrownianPath(task.seeds, (channels,), self.y.dtype), sign, shape, self.y)
+        else:
+            assert task.seeds is not None
+            bm = _stepwise(task.seeds, s, shape, self.y)
+        settings = {"dt": 0.0, "adaptive": False, "rtol": 0.0, "atol": 0.0, "dt_min": 0.0, "options": {}}
+        return library.select(method=self.solver.method, sde_type=calculus)(sde=LibrarySDE(sde), bm=bm, **settings)
