@@ -20,7 +20,7 @@ PUBLIC = {
     "grids": "Discrete InChart Karras Nodes Power Quadratic UniformLogSNR UniformTime",
     "solvers": (
         "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta "
-        "SASolver Tsit5 UniPC"
+        "SASolver TorchDiffEq TorchSDE Tsit5 UniPC as_torchsde"
     ),
     "solving": "BrownianPath Solution Status sample_seeds solve tune",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
