@@ -94,6 +94,21 @@ class Prediction(ABC):
             raise InvalidInput(_bad_output(output, x))
         return output.to(x.dtype)
 
+    def caller(self, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`call` for states like x and times already in `time_dtype`, with all that never changes looked up once."""
+        if type(self).call is not Prediction.call:
+            return self.call
+        network, inner, outer = self.network, self._compute_dtype(x), x.dtype
+
+        def call(x: Tensor, network_time: Tensor) -> Tensor:
+            counting.record(x.shape[0])
+            output = network(x if inner is outer else x.to(inner), network_time)
+            if not isinstance(output, Tensor) or output.shape != x.shape:
+                raise InvalidInput(_bad_output(output, x))
+            return output if output.dtype is outer else output.to(outer)
+
+        return call
+
     def time_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype `call` gives a floating network time in, for states like x: the network's, never below float32."""
         dtype = self._compute_dtype(x)

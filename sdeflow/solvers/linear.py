@@ -72,7 +72,7 @@ class Evaluations:
         self.weight: list[float] = b.tolist()
         self._scale = None if scale is None else torch.broadcast_to(scale, t.shape).tolist()
         self._rows = network_rows(predict, t, task.x)
-        self._call = predict.call
+        self._call = predict.caller(task.x)
 
     def __call__(self, i: int, x: Tensor) -> Tensor:
         """The output of call i at x (batch, *event)."""
@@ -99,9 +99,9 @@ def network_rows(predict: Prediction, t: Tensor, x: Tensor) -> list[Tensor]:
     own = predict.network_time(as_time(t, x.device))
     if own.shape != t.shape:  # a hook that is not elementwise in t
         return [predict.network_time(as_time(s, x.device).expand(x.shape[0])) for s in t]
-    if own.is_floating_point():
+    if own.is_floating_point() and type(predict).call is Prediction.call:  # else the time is the process's: no rounding
         own = own.to(predict.time_dtype(x))
-    return [row.expand(x.shape[0]) for row in own]
+    return list(own[:, None].expand(-1, x.shape[0]).unbind())
 
 
 class Normals:
@@ -159,11 +159,16 @@ class Plan:
         for stages in self.steps:
             done = []
             for at, scale, terms, noise, draw, anchor in stages:
-                newest = newest if at is None else at
-                places = [(i - newest - 1, w * weight[i]) for i, w in terms if w != 0.0]
-                longest = max(longest, -min((place for place, _ in places), default=-1))
+                if at is not None:
+                    newest = at
+                places = []
+                for i, w in terms:
+                    if w != 0.0:
+                        places.append((i - newest - 1, w * weight[i]))
+                        longest = max(longest, newest + 1 - i)
                 if at is not None and anchor and uses[at] == 1 and places and places[0][0] == -1:
-                    scale, ratio[at] = scale + places[0][1] * ratio[at], 0.0
+                    scale += places[0][1] * ratio[at]
+                    ratio[at] = 0.0
                 done.append((at, scale, places, noise, draw, anchor))
             folded.append(done)
         self.folded = folded
