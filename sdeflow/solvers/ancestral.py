@@ -16,9 +16,9 @@ from sdeflow.grids import Grid, InChart, Karras
 from sdeflow.processes import Process
 from sdeflow.solvers.base import Facts, Task, merge
 from sdeflow.solvers.exponential import DiffusionMethod, Multistep, same_eta
-from sdeflow.solvers.exponential_steps import Scheme, compiled, points_of
+from sdeflow.solvers.exponential_steps import Scheme, compiled, path_normals, points_of
 from sdeflow.solvers.exponential_weights import Array, Points, Strength, linear_data, linear_noise
-from sdeflow.solvers.linear import Plan, Stage
+from sdeflow.solvers.linear import Normals, Plan, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class DDPM(DiffusionMethod):
             noise = np.where(t.sigma > 0.0, s.sigma * np.sqrt(-np.expm1(-2.0 * h)), 0.0)
         coefficients = zip(exact.A.tolist(), exact.W.tolist(), noise.tolist(), strict=True)
         plan = [[Stage(n, A, [(n, W)], z, n)] for n, (A, W, z) in enumerate(coefficients)]
-        return compiled(task, s.t.tolist(), np.zeros(len(s)), plan, len(s))
+        return compiled(task, s.t.tolist(), np.zeros(len(s)), plan, path_normals(task, points, Strength.constant(1.0)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class EDMHeun(DiffusionMethod):
                 stages.append(heun.noise(s, higher[n], self.churn_noise))
                 s = higher[n]
             plan.append(stages + heun.step(s, points[n + 1]))
-        return compiled(task, heun.calls, np.array(heun.form), plan, heun.draws)
+        return compiled(task, heun.calls, np.array(heun.form), plan, Normals(task, heun.draws) if heun.draws else None)
 
 
 def _raised(process: Process, points: Points, gamma: float) -> Points:
@@ -282,4 +282,4 @@ class Restart(DiffusionMethod):
                     for i in range(steps):
                         stages += heun.step(nodes[i], nodes[i + 1])
             plan.append(stages)
-        return compiled(task, heun.calls, np.array(heun.form), plan, heun.draws)
+        return compiled(task, heun.calls, np.array(heun.form), plan, Normals(task, heun.draws) if heun.draws else None)

@@ -129,7 +129,7 @@ class DDIM(DiffusionMethod):
                 with np.errstate(divide="ignore"):
                     return -0.5 * np.log1p(self.eta**2 * np.expm1(-2.0 * (b - a)))
 
-            return Strength(decay, lambda lam: np.ones_like(lam), True)
+            return Strength(decay, lambda lam: np.ones_like(lam), True, Strength.constant(self.eta))
 
         strengths = posterior if self.eta else _own_eta(task)
         return multistep_plan(Scheme(strengths=strengths), task, points_of(task, times, self.denoise))

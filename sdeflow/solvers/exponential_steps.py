@@ -26,7 +26,7 @@ from sdeflow.solvers.exponential_weights import (
     linear_noise,
     moments,
 )
-from sdeflow.solvers.linear import Evaluations, Normals, Plan, Stage
+from sdeflow.solvers.linear import Evaluations, Normals, PathNormals, Plan, Stage
 from sdeflow.solvers.tableaux import KUTTA3, MIDPOINT, RK4, Tableau
 
 Strengths = Callable[[Array, Array], Strength]
@@ -116,14 +116,32 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
             plan.append([ahead])
     q = np.full(len(at.t), float(scheme.form == "noise"))
     q[0] = q[0] * (not blind)
-    return compiled(task, at.t, q, plan, steps if strength.noisy else 0)
+    clock = strength if strength.clock is None else strength.clock
+    return compiled(task, at.t, q, plan, path_normals(task, points, clock) if strength.noisy else None)
 
 
-def compiled(task: Task, t: list[float], q: Array, plan: list[list[Stage]], draws: int) -> Plan:
+def compiled(task: Task, t: list[float], q: Array, plan: list[list[Stage]], normals: Normals | None = None) -> Plan:
     """The plan for calls at times t with F = (1 − q) D + q ε̂."""
     want = torch.from_numpy(q)
     calls = Evaluations(task, torch.tensor(t, dtype=torch.float64), 1.0 - want, want)
-    return Plan(calls, plan, Normals(task, draws) if draws else None)
+    return Plan(calls, plan, normals)
+
+
+def path_normals(task: Task, points: Points, strength: Strength) -> Normals:
+    """The steps' normals from a Brownian path M in the clock τ = e^{2∫η²dλ}.
+
+    The noise of the exact step is σ_t e^{−E_t} (M(τ_t) − M(τ_s)) with E = ∫η²dλ from λ = 0, so the path belongs to the
+    equation and not to the grid. A step to σ = 0 draws nothing.
+    """
+    lam = points.lam[: len(points) - (points.sigma[-1] == 0.0)]
+    double = 2.0 * strength.decay(np.zeros_like(lam), lam)
+    if len(lam) < 2 or double.max() > LARGEST:
+        return Normals(task, len(points) - 1)
+    return PathNormals(task, torch.from_numpy(np.exp(double)))
+
+
+LARGEST = 55.0
+"""ln τ beyond which a path has no more root cells (η well above 1): the steps' normals are then independent of the grid."""
 
 
 class _Calls:
@@ -286,7 +304,7 @@ def singlestep_plan(form: Form, order: int, task: Task, points: Points) -> Plan:
                     calls.append(at.more(float(end.t[i])))
             plan.append(done)
         wants += [float(kind == "noise")] * (len(at.t) - len(wants))
-    return compiled(task, at.t, np.array(wants), plan, 0)
+    return compiled(task, at.t, np.array(wants), plan)
 
 
 def _single(form: Form, order: int, process: Process, s: Points, t: Points) -> Single:

@@ -63,11 +63,13 @@ class Strength:
         decay: ∫η²dλ between two λ, broadcasting; a step's first axis is its number.
         growth: 1 + η² at λ.
         noisy: False where η = 0 throughout.
+        clock: the noise whose ∫η²dλ is the clock of the Brownian path, None for this one.
     """
 
     decay: Callable[[Array, Array], Array]
     growth: Callable[[Array], Array]
     noisy: bool
+    clock: Strength | None = None
 
     @classmethod
     def constant(cls, eta: float | Array) -> Strength:
@@ -81,7 +83,9 @@ class Strength:
             k = per_step(b)
             return k * np.where(k > 0, b - a, 0.0)  # η = 0 wins over an infinite step
 
-        return cls(decay, lambda lam: 1.0 + per_step(lam), bool(np.any(eta2 > 0)))
+        # one η a step belongs to its grid: the mean stands in for it in the clock
+        clock = cls.constant(float(np.sqrt(eta2.mean()))) if eta2.ndim else None
+        return cls(decay, lambda lam: 1.0 + per_step(lam), bool(np.any(eta2 > 0)), clock)
 
 
 FLOW = Strength.constant(0.0)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdeflow.brownian import BrownianPath
 from sdeflow.equations import Equation
 from sdeflow.predictions import Prediction
 from sdeflow.processes import as_time
@@ -105,30 +106,48 @@ def network_rows(predict: Prediction, t: Tensor, x: Tensor) -> list[Tensor]:
 
 
 class Normals:
-    """Standard normals z_0, z_1, … of one solve, made a few steps at a time.
-
-    z_k of a sample depends on its seed and k alone.
-    """
+    """Standard normals z_0, z_1, … of one solve, made a few steps at a time: z_k of a sample depends on its seed and k."""
 
     def __init__(self, task: Task, draws: int):
-        self._x, self._seeds, self._draws = task.x, task.seeds, draws
+        self._x, self._draws = task.x, draws
+        self._seeds = task.seeds if task.seeds is not None else task.path.seeds
         self._ahead = max(1, min(draws, CHUNK_ELEMENTS // task.x.numel()))
-        self._first, self._block = 0, None
+        self._first, self._block = 0, ()
 
     def __call__(self, k: int) -> Tensor:
         """z_k, shape and dtype of the state."""
-        if self._block is None or not self._first <= k < self._first + len(self._block):
+        place = k - self._first
+        if not 0 <= place < len(self._block):
             self._first, self._block = k, self._make(k, min(self._ahead, self._draws - k))
-        return self._block[k - self._first]
+            place = 0
+        return self._block[place]
 
-    def _make(self, first: int, n: int) -> Tensor:
+    def _make(self, first: int, n: int) -> Sequence[Tensor]:
         x, seeds = self._x, self._seeds
-        assert seeds is not None
         index = torch.arange(first, first + n, dtype=torch.int64, device=seeds.device).repeat_interleave(x.shape[0])
-        z = standard_normal(
-            seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device
-        )
-        return z.reshape(n, *x.shape)
+        z = standard_normal(seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device)
+        return z.reshape(n, *x.shape).unbind()
+
+
+class PathNormals(Normals):
+    """z_k = (M(τ_{k+1}) − M(τ_k))/√|τ_{k+1} − τ_k|: the normals of a Brownian path M on a clock τ.
+
+    Solvers with one seed and one clock then see one path, however they step.
+    """
+
+    def __init__(self, task: Task, tau: Tensor):
+        self._x, self._draws, self._tau = task.x, tau.numel() - 1, tau
+        self._path = task.path
+        if task.path is None:
+            assert task.seeds is not None
+            self._path = BrownianPath(task.seeds, task.x.shape[1:], torch.promote_types(task.x.dtype, torch.float32), task.x.device)
+        self._unit = tau.diff().abs().rsqrt().tolist()
+        self._ahead = max(1, min(self._draws, CHUNK_ELEMENTS // task.x.numel()))
+        self._first, self._block = 0, ()
+
+    def _make(self, first: int, n: int) -> Sequence[Tensor]:
+        W, _ = self._path.increments(self._tau[first : first + n + 1])
+        return [(w * unit).to(self._x.dtype) for w, unit in zip(W, self._unit[first:], strict=False)]
 
 
 @dataclass
