@@ -125,7 +125,9 @@ class Normals:
     def _make(self, first: int, n: int) -> Sequence[Tensor]:
         x, seeds = self._x, self._seeds
         index = torch.arange(first, first + n, dtype=torch.int64, device=seeds.device).repeat_interleave(x.shape[0])
-        z = standard_normal(seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device)
+        z = standard_normal(
+            seeds.repeat(n), x.shape[1:], index=index, stream=STEP_STREAM, dtype=x.dtype, device=x.device
+        )
         return z.reshape(n, *x.shape).unbind()
 
 
@@ -140,7 +142,9 @@ class PathNormals(Normals):
         self._path = task.path
         if task.path is None:
             assert task.seeds is not None
-            self._path = BrownianPath(task.seeds, task.x.shape[1:], torch.promote_types(task.x.dtype, torch.float32), task.x.device)
+            self._path = BrownianPath(
+                task.seeds, task.x.shape[1:], torch.promote_types(task.x.dtype, torch.float32), task.x.device
+            )
         self._unit = tau.diff().abs().rsqrt().tolist()
         self._ahead = max(1, min(self._draws, CHUNK_ELEMENTS // task.x.numel()))
         self._first, self._block = 0, ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from catalogue import CASES, FLOW, NOISY, Case
 
 import sdeflow as sf
 import sdeflow.solvers.linear
+from sdeflow.brownian import BrownianPath
 from sdeflow.problems.mixture import Mixture
 from sdeflow.problems.problem import Problem
 from sdeflow.solvers.base import FixedStep, Solver
@@ -53,14 +55,28 @@ def unit_noise(seeds, shape, index=0, stream=0, dtype=None, device=None):
     return (index == seeds).to(dtype).reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
 
 
+class UnitPath(BrownianPath):
+    """The same for the increments of a path: the k-th interval asked for is √|t − s| for the sample of seed k alone."""
+
+    known: dict
+
+    def increments(self, grid):
+        pairs = list(itertools.pairwise(grid.tolist()))
+        k = torch.tensor([self.known.setdefault(pair, len(self.known)) for pair in pairs])
+        unit = (k[:, None] == self.seeds).to(F64) * grid.diff().abs().sqrt()[:, None]
+        W = unit[:, :, None].expand(-1, -1, *self.shape)
+        return W, torch.zeros_like(W)
+
+
 def propagated(case: Case, steps: int, process: sf.Process, mean: torch.Tensor, cov: torch.Tensor):
     """Exact mean and per-axis variances of the solver's own law on Gaussian data with independent axes: no Monte Carlo."""
-    draws = 16 * steps + 64
+    draws = steps + 2 if case.facts.name != "Restart" else 16
     x = mean.expand(draws + 2, -1).clone()
     x[1] += cov.diag().sqrt()
-    seeds = [-1, -1, *range(draws)]
+    path = UnitPath([-1, -1, *range(draws)], x.shape[1:], F64)
+    path.known = {}
     equation = sf.ReverseSDE(WEAK.prediction(process), eta=case.eta)
-    y = sf.solve(equation, case(steps), x, seed=seeds).x
+    y = sf.solve(equation, case(steps), x, path=path).x
     assert torch.equal(y[-1], y[0]), "more draws than rows"
     return y[0], (y[1:] - y[0]).square().sum(0)
 
@@ -82,6 +98,33 @@ def test_weak_order_by_exact_propagation(name, monkeypatch):
         errors.append(torch.cat([got_mean - exact_mean, got_var - exact_cov.diag()]).norm().item())
     claim = case.facts.weak
     assert claim - 0.2 <= slope(*errors) <= claim + case.surplus, errors
+
+
+STRONG = [name for name, case in NOISY.items() if case.facts.strong is not None and name != "sa-varying"]
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_strong_order_on_one_path(name):
+    case, ring = NOISY[name], sf.problems.ring(std=0.4)
+    equation = sf.ReverseSDE(ring.prediction(VP), eta=case.eta)
+    x = VP.prior((128, 2), dtype=F64)
+    fine = sf.solve(equation, case(2048), x, seed=1).x
+    errors = [(sf.solve(equation, case(n), x, seed=1).x - fine).square().mean().sqrt().item() for n in (64, 128)]
+    # 0.2 of order, and 0.1 for the finite sample and the finite reference
+    assert abs(slope(*errors) - case.facts.strong) < 0.3, errors
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_two_solvers_with_one_seed_see_one_path(name):
+    case = NOISY[name]
+    if case.own_noise:
+        pytest.skip("its noise is of another strength, so its path runs on another clock")
+    ring, n = sf.problems.ring(std=0.4), 1000
+    equation = sf.ReverseSDE(ring.prediction(VP), eta=case.eta)
+    x = VP.prior((64, 2), dtype=F64)
+    other = sf.SASolver(predictor=2, corrector=2, steps=n, grid=case.grid)
+    a, b, c = (sf.solve(equation, s, x, seed=k).x for s, k in ((case(n), 1), (other, 1), (other, 2)))
+    assert (a - b).square().mean() < 1e-4 < 0.1 < (c - b).square().mean()
 
 
 @pytest.mark.parametrize("name", CASES)
