@@ -41,11 +41,16 @@ class Case:
         return self(8).facts
 
 
-def rk(method: str, steps: tuple[int, ...], surplus: float = 0.2) -> Case:
-    chart = sf.Trigonometric(c=0.8)
-    return Case(
-        lambda **k: sf.RungeKutta(method, chart=chart, **k), steps=steps, surplus=surplus, grid=sf.InChart(chart)
-    )
+CHART = sf.Trigonometric(c=0.8)
+EVEN = sf.InChart(CHART)
+
+
+def rk(method: str, steps: tuple[int, ...], grid: sf.InChart | sf.UniformLogSNR = EVEN) -> Case:
+    return Case(lambda **k: sf.RungeKutta(method, chart=CHART, **k), steps=steps, grid=grid)
+
+
+def adams(order: int, corrector: int) -> Case:
+    return Case(lambda **k: sf.FixedAdams(order=order, corrector=corrector, chart=CHART, **k), surplus=0.5, grid=EVEN)
 
 
 CASES: dict[str, Case] = {
@@ -95,8 +100,10 @@ CASES: dict[str, Case] = {
     "heun": rk("heun", (80, 160, 320)),
     "kutta3": rk("kutta3", (80, 160, 320)),
     "rk4": rk("rk4", (40, 80, 160)),
-    "dopri5": rk("dopri5", (10, 20, 40), surplus=0.8),
-    "tsit5": rk("tsit5", (20, 40, 80), surplus=0.8),
+    "dopri5": rk("dopri5", (40, 80, 160), GRID),
+    "tsit5": rk("tsit5", (40, 80, 160), GRID),
+    "adams-2": adams(2, 0),
+    "adams-3": adams(3, 3),
 } | {
     f"uni{'pc' if corrector else 'p'}-{order}-{variant}-{predict}": Case(
         lambda order=order, variant=variant, predict=predict, corrector=corrector, **k: sf.UniPC(

@@ -44,7 +44,7 @@ def test_global_order_on_the_flow(name, problem, truth):
     known, end = problems[problem]
     equation = sf.ProbabilityFlowODE(known.prediction(VP))
     errors = [(sf.solve(equation, case(n), x).x - end).square().mean().sqrt().item() for n in case.steps[1:]]
-    assert errors[-1] > 1e-13, "too fine to see an order"
+    assert errors[-1] > 3e-14, "too fine to see an order"
     claim = case.facts.order
     # surplus: a coefficient that happens to vanish on Gaussians; the mixture has no such luck
     assert claim - 0.2 <= slope(*errors) <= claim + (case.surplus if problem == "gaussian" else 0.2), errors
@@ -237,4 +237,5 @@ def test_manners(name):
 def test_every_native_fixed_grid_solver_is_in_the_catalogue():
     exported = {getattr(sf, name) for name in sf.__all__}
     solvers = {c for c in exported if inspect.isclass(c) and issubclass(c, Solver) and issubclass(c, FixedStep)}
-    assert solvers == {type(case(8)) for case in CASES.values()}
+    elsewhere = {c for c in solvers if c.__module__ == "sdeflow.solvers.stochastic"}  # for any SDE: test_stochastic.py
+    assert solvers - elsewhere == {type(case(8)) for case in CASES.values()}
