@@ -15,13 +15,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sdeflow.charts import BoundChart, Chart, StraightLine
+from sdeflow.charts import BoundChart, Chart, LogSNR, StraightLine, Trigonometric
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
 from sdeflow.processes import expand
 from sdeflow.solution import Status
 from sdeflow.solvers.base import Outcome, Task
 
+FIRST = 0.35
 STRETCH = 1.05
 """A step may be lengthened this much to land, so that no sliver is left over."""
 TRIES = 12
@@ -69,6 +70,11 @@ class Flow:
             )
         bound = (chart or StraightLine()).bind(equation.process) if equation.process and diffusion else None
         return Flow(equation, bound, task.start, task.stop, task.x.shape[1:], one_time)
+
+    @property
+    def natural(self) -> bool:
+        """Whether the clock's unit is the scale on which a diffusion's flow bends."""
+        return self.chart is not None and isinstance(self.chart.chart, StraightLine | Trigonometric | LogSNR)
 
     def u(self, t: Tensor | float) -> Tensor:
         """The clock at times t, float64."""
@@ -210,21 +216,22 @@ def rms(z: Tensor) -> Tensor:
 
 
 def first_step(flow: Flow, z: Tensor, f: Tensor, allowed: Tensor, span: Tensor, order: int = 1) -> Tensor:
-    """A first step for a method of this order, (n,). For order p = 1 its error ½h²|z″| is the allowed one; for higher ones
-    h^{p+1} takes the place of h².
+    """A first step whose error is about the allowed one, (n,), for a method of this order (the first of a run).
 
-    z″ is not known. In a chart the flow bends on the scale 1 of the clock, |z″| ≈ |z| (exactly so where u = 1 in the
-    straight-line chart); elsewhere |z″| is guessed as |f|²/|z|, and never less than |f|/span.
+    In a chart the flow bends on the scale 1 of the clock: for Gaussian data of scale κc, z‴ = 3z″ = 3κ²z where u = 1 in
+    the straight-line chart, so a step that ends with the trapezoidal rule makes κ²h³|z|/4, and h = (a/|z|)^{1/3} is a
+    good one for κ² < 4, less a fifth. Elsewhere |z″| is guessed as |f|²/|z| and not less than |f|/span, and h^{p+1} takes the place of
+    h² in ½h²|z″| = a.
     """
     size, speed = rms(z.detach()), rms(f.detach())
     tiny = torch.finfo(torch.float64).tiny
-    bend = speed.square() / size.clamp_min(tiny)
-    if flow.chart is not None:
-        bend = torch.minimum(bend, size).maximum(0.5 * size)
     # a state of size 0 says nothing of the scale
     known = size > allowed
-    bend = torch.where(known, bend.maximum(speed / span), speed / span).clamp_min(tiny)
-    # lengths are measured by √(|z|/|z″|), the scale on which the flow bends
+    if flow.natural:
+        return FIRST * (allowed / size.clamp_min(tiny)).clamp_max(1.0).pow(1.0 / (max(order, 2) + 1.0)).minimum(span)
+    bend = torch.where(known, (speed.square() / size.clamp_min(tiny)).maximum(speed / span), speed / span).clamp_min(
+        tiny
+    )
     scale = torch.where(known, (size / bend).sqrt().minimum(span), span)
     relative = 2.0 * allowed / (bend * scale.square()).clamp_min(tiny)
     return (scale * relative ** (1.0 / (order + 1.0))).minimum(span)
