@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,10 +292,11 @@ def _panel(ax: Any, panel: tuple[str, str], points: list[Point], colours: dict[s
     equation, error = panel
     handles = []
     families: dict[str, int] = {}
+    top = _top(points)
     for series in dict.fromkeys(p.series for p in points):
         line = sorted((p for p in points if p.series == series), key=lambda p: p.evaluations)
         n = families[line[0].family] = families.get(line[0].family, -1) + 1
-        handles.append(_series(ax, series, line, colours[line[0].family], n))
+        handles.append(_series(ax, series, line, colours[line[0].family], n, top))
     floor = max((p.floor for p in points if p.floor and math.isfinite(p.floor)), default=0.0)
     if floor > 0.3 * min(p.value for p in points):
         handles.append(ax.axhline(floor, ls=(0, (5, 3)), lw=0.9, color="#666666", label="floor", zorder=1))
@@ -302,12 +304,14 @@ def _panel(ax: Any, panel: tuple[str, str], points: list[Point], colours: dict[s
         handles.append(
             ax.plot([], [], "o", mfc="white", mec="#666666", mew=1, ms=4.5, ls="", label="hollow: not resolved")[0]
         )
-    _axes(ax, points)
+    if any(p.value > top for p in points):
+        handles.append(ax.plot([], [], "^", color="#666666", ms=6, ls="", label="above the axis")[0])
+    _axes(ax, points, top)
     ax.set(title=equation, xlabel="network evaluations a sample", ylabel=error)
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.48, -0.17), ncols=2, columnspacing=1.2)
 
 
-def _series(ax: Any, name: str, line: list[Point], family_colour: str, n: int) -> Any:
+def _series(ax: Any, name: str, line: list[Point], family_colour: str, n: int, top: float) -> Any:
     colour, marker = _shade(family_colour, n), MARKERS[n % len(MARKERS)]
     x, y = [p.evaluations for p in line], [p.value for p in line]
     bars = [[max(p.value - p.low, 0.0) for p in line], [max(p.high - p.value, 0.0) for p in line]]
@@ -317,17 +321,34 @@ def _series(ax: Any, name: str, line: list[Point], family_colour: str, n: int) -
     for p in line:
         face = colour if p.resolved else "white"
         ax.plot(p.evaluations, p.value, marker, mfc=face, mec=colour, mew=1.0, ms=4.5, zorder=4)
+        if p.value > top:
+            ax.plot(p.evaluations, top, "^", color=colour, ms=6, zorder=5, clip_on=False)
     return ax.plot([], [], marker, ls=style, lw=1.1, ms=4.5, color=colour, label=name)[0]
 
 
-def _axes(ax: Any, points: list[Point]) -> None:
+def _top(points: list[Point]) -> float:
+    """Upper end of the error axis: ten times the worst line's median, or the largest error if that is less.
+
+    A solve that diverged by many orders would leave no room for the others; it is shown as lying above the axis.
+    """
+    lines: dict[str, list[float]] = {}
+    for p in points:
+        lines.setdefault(p.series, []).append(p.value)
+    usual = 10.0 * max(statistics.median(values) for values in lines.values())
+    largest = max(p.value for p in points)
+    if largest > usual:
+        return usual
+    return 1.7 * max([largest, *(p.high for p in points if math.isfinite(p.high))])
+
+
+def _axes(ax: Any, points: list[Point], top: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set(xscale="log", yscale="log")
     values, lows = [p.value for p in points], [p.low for p in points if p.low > 0]
     # an interval that reaches down to nothing would leave the points no room
     bottom = max(min([*values, *lows]), 0.2 * min(values))
-    ax.set_ylim(0.6 * bottom, 1.7 * max([*values, *(p.high for p in points if math.isfinite(p.high))]))
+    ax.set_ylim(0.6 * bottom, top)
     counts = [p.evaluations for p in points]
     ax.set_xlim(0.85 * min(counts), 1.18 * max(counts))
     wide = max(counts) > 200 * min(counts)

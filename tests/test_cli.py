@@ -125,6 +125,19 @@ def test_efforts_are_spread_where_the_string_gives_none():
     assert [s.steps for s in choose(["RungeKutta('rk4', steps=3)"], "ode", efforts)] == [3]
 
 
+def test_a_method_by_its_bare_name_is_the_backend_that_solves_the_equation():
+    efforts = Efforts(tolerances=(1e-2,), steps=(4,))
+    assert choose(["dopri5", "srk"], "ode", efforts) == [sf.TorchDiffEq("dopri5", rtol=1e-2, atol=1e-2)]
+    assert choose(["dopri5", "srk"], "sde", efforts) == [sf.TorchSDE("srk", steps=4)]
+    both = [choose(["midpoint(steps=3)"], kind, efforts) for kind in ("ode", "sde")]
+    assert both == [[sf.TorchDiffEq("midpoint", steps=3)], [sf.TorchSDE("midpoint", steps=3)]]
+
+
+def test_charts_and_grids_are_settings():
+    (solver,) = choose(["TorchDiffEq('dopri5', rtol=1e-2, chart=StraightLine(c=0.3))"], "ode", Efforts())
+    assert solver == sf.TorchDiffEq("dopri5", rtol=1e-2, chart=sf.StraightLine(c=0.3))
+
+
 def test_solvers_go_to_the_equations_they_solve():
     efforts = Efforts(steps=(4,))
     texts = ["RungeKutta('rk4')", "DDIM(eta=1.0)", "DPMSolverPP(sde=True)"]

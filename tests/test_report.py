@@ -123,6 +123,16 @@ def test_bars_are_the_intervals(make_record, tmp_path: Path, monkeypatch):
     assert segment[:, 1] == pytest.approx([0.09, 0.11])
 
 
+def test_a_diverged_point_does_not_flatten_the_others(make_record, tmp_path: Path, monkeypatch):
+    records = [make_record(steps=n, value=v) for n, v in ((5, 3e4), (10, 0.2), (20, 0.1))]
+    fig, _ = drawing(monkeypatch, report.points(records), tmp_path / "figure.png")
+    (ax,) = fig.axes
+    assert ax.get_ylim()[1] == pytest.approx(2.0)  # ten times the median
+    above = [line for line in ax.lines if line.get_marker() == "^" and len(line.get_xdata()) == 1]
+    assert [(a.get_xdata()[0], a.get_ydata()[0]) for a in above] == [(20.0, ax.get_ylim()[1])]
+    assert "above the axis" in [t.get_text() for t in ax.get_legend().get_texts()]
+
+
 def test_the_legend_lies_outside_the_data(make_record, tmp_path: Path, monkeypatch):
     records = [make_record(name=f"method {k}", steps=n) for k in range(10) for n in (5, 10)]
     fig, _ = drawing(monkeypatch, report.points(records), tmp_path / "figure.png")

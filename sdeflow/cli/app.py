@@ -15,13 +15,20 @@ from sdeflow.sweep import Run, sweep
 
 COMPARED = {
     "ode": (
-        "RungeKutta('rk4')",
+        "TorchDiffEq('dopri5')",
+        "TorchDiffEq('bosh3')",
+        "TorchDiffEq('dopri8')",
+        "TorchDiffEq('rk4')",
+        "TorchDiffEq('dopri5', chart=PlainTime())",
         "DDIM",
         "DPMSolverPP(order=2)",
         "UniPC(order=3)",
         "Adams",
     ),
     "sde": (
+        "TorchSDE('euler')",
+        "TorchSDE('heun')",
+        "TorchSDE('srk')",
         "DDIM(eta=1.0)",
         "DPMSolverPP(order=2, sde=True)",
     ),
@@ -111,7 +118,9 @@ def _add_sample(app: Any, typer: Any) -> None:
     def sample(
         problem: str = typer.Option("digits", "--problem", "-p", help="digits, gaussian, mixture64 or ring"),
         process: str = typer.Option("VP", help="as in compare"),
-        solver: str = typer.Option("UniPC(order=3, steps=20)", "--solver", "-s", help="with its settings"),
+        solver: str = typer.Option(
+            "TorchDiffEq('dopri5', rtol=1e-3, atol=1e-3)", "--solver", "-s", help="with its settings"
+        ),
         eta: float = typer.Option(0.0, help="0: the probability-flow ODE; above: the reverse SDE with this η"),
         samples: int = typer.Option(64, help="how many"),
         label: int = typer.Option(-1, help="one class only; −1 for all"),
