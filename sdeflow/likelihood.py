@@ -169,7 +169,10 @@ def value_and_divergence(
         else (vectors.movedim(1, 0))
     )
     at_once = max(1, CHUNK_ELEMENTS // z.numel())
-    terms = torch.vmap(one, chunk_size=at_once)(stack)
+    try:
+        terms = torch.vmap(one, chunk_size=at_once)(stack)
+    except RuntimeError:  # some backward passes have no batching rule, convolutions with group norm among them
+        terms = torch.stack([one(v) for v in stack])
     return value, terms.sum(0)[:, None] if vectors is None else terms.T
 
 

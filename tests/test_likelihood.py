@@ -274,3 +274,12 @@ def test_encode_then_decode_to_ten_times_the_tolerance():
     x, predict, solver = RING.sample(32, seed=1, dtype=torch.float64), RING.prediction(VP), sf.Adams(1e-7, 1e-7)
     back = sf.decode(predict, sf.encode(predict, x, solver).x, solver).x
     assert (back - x).square().mean(1).sqrt().max() < 1e-6
+
+
+def test_fields_whose_backward_cannot_be_mapped_are_worked_off_one_by_one():
+    """Convolution and group norm together: their backward passes have no batching rule."""
+    layers = torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.Conv2d(4, 1, 3, padding=1)
+    net, z = torch.nn.Sequential(*layers).double(), torch.randn(3, 1, 3, 3, dtype=torch.float64)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda r: net(r[None])[0], row) for row in z])
+    _, trace = value_and_divergence(net, z)
+    torch.testing.assert_close(trace[:, 0], jacobian.reshape(3, 9, 9).diagonal(dim1=1, dim2=2).sum(1))
