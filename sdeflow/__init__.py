@@ -30,7 +30,20 @@ from sdeflow.solvers.adaptive_rk import Dopri5, Tsit5
 from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
 from sdeflow.solvers.fixed_adams import FixedAdams
+from sdeflow.solvers.gotta_go_fast import GottaGoFast
 from sdeflow.solvers.runge_kutta import RungeKutta
+from sdeflow.solvers.stochastic import (
+    SEA,
+    SOSRA,
+    SRA1,
+    SRA2,
+    SRA3,
+    EulerMaruyama,
+    ExponentialShARK,
+    Milstein,
+    ShARK,
+    StochasticHeun,
+)
 from sdeflow.solvers.torchdiffeq import TorchDiffEq
 from sdeflow.solvers.torchsde import TorchSDE, as_torchsde
 from sdeflow.tune import tune
@@ -43,6 +56,11 @@ __all__ = [
     "DEIS",
     "EDM",
     "ERSDE",
+    "SEA",
+    "SOSRA",
+    "SRA1",
+    "SRA2",
+    "SRA3",
     "VE",
     "VP",
     "Adams",
@@ -62,15 +80,19 @@ __all__ = [
     "EDMPrediction",
     "Equation",
     "EulerAncestral",
+    "EulerMaruyama",
+    "ExponentialShARK",
     "FixedAdams",
     "FlowPrediction",
     "ForwardSDE",
+    "GottaGoFast",
     "InChart",
     "Inpaint",
     "InvalidInput",
     "Karras",
     "Likelihood",
     "LogSNR",
+    "Milstein",
     "MissingDependency",
     "Nodes",
     "NoisePrediction",
@@ -88,9 +110,11 @@ __all__ = [
     "SNRTime",
     "ScorePrediction",
     "SdeflowError",
+    "ShARK",
     "Solution",
     "SolveFailed",
     "Status",
+    "StochasticHeun",
     "StraightLine",
     "SubVP",
     "TorchDiffEq",

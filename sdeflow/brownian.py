@@ -457,7 +457,7 @@ def _pairs(code: Tensor, sample: Tensor, state: Tensor, gamma: Tensor, dtype: to
     for i in range(0, cells, rows):
         part = slice(i, i + rows)
         words = (code[part] << 30) * (gamma[sample[part]] if own else gamma)
-        words = words.add_(state) if not own else words + state[sample[part]]
+        words = words + (state[sample[part]] if own else state)
         normal_pair_(mix64_(words), first[part], second[part])
     return first, second
 

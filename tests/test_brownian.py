@@ -111,6 +111,7 @@ def test_values_depend_on_seed_and_time_alone(dtype: torch.dtype):
             assert torch.equal(many[i], one)
             assert torch.equal(some.increment(s, t)[k], one[rows])
             assert torch.equal(alone.increment(s, t)[k], one[17:18])
+            assert torch.equal(alone.increment(torch.tensor([s], dtype=torch.float64), t)[k], one[17:18])
             assert torch.equal(whole.increment(torch.full((37,), s, dtype=torch.float64), t)[k], one)
         assert torch.equal(back_W[-1 - i], -expected[i][0]) and torch.equal(back_H[-1 - i], expected[i][1])
     own = torch.linspace(-1, 1, 37, dtype=torch.float64)

@@ -22,6 +22,7 @@ PUBLIC = {
         "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta "
         "SASolver TorchDiffEq TorchSDE Tsit5 UniPC as_torchsde"
     ),
+    "solvers on paths": "EulerMaruyama ExponentialShARK GottaGoFast Milstein SEA SOSRA SRA1 SRA2 SRA3 ShARK StochasticHeun",
     "solving": "BrownianPath Solution Status sample_seeds solve tune",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
     "diffusers": "diffusers",

@@ -1,0 +1,395 @@
+"""Solvers of stochastic equations on a Brownian path, in steps fixed beforehand or chosen for every sample.
+
+A rejected step asks the path again over the shorter interval, which conditions on what was seen: the noise is never
+redrawn, so the rejection leaves no bias.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sdeflow.brownian import BrownianPath
+from sdeflow.charts import Chart, Trigonometric
+from sdeflow.errors import InvalidInput
+from sdeflow.grids import Grid, InChart, Nodes, UniformTime
+from sdeflow.processes import expand
+from sdeflow.solution import Status
+from sdeflow.solvers import stochastic_tableaux as tableaux
+from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge, output_nodes
+from sdeflow.solvers.control import Attempt, check_tolerances, drive, rms
+from sdeflow.solvers.stochastic_clocks import Clock, UnitNoise
+from sdeflow.solvers.stochastic_tableaux import AdditiveTableau
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathSolver(Solver):
+    """What the solvers here share: fixed steps (`steps`, `grid`) or tolerances (`rtol`, `atol`), and a Brownian path.
+
+    The path runs in the clock the solver works in; two solvers in one clock with one seed see one path.
+    """
+
+    steps: int | None = None
+    grid: Grid | Tensor | list[float] | tuple[float, ...] | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    max_steps: int = 10_000
+    controlled: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        grid, name = self.grid, type(self).__name__
+        if grid is not None and not isinstance(grid, Grid):
+            grid = Nodes(grid)
+            object.__setattr__(self, "grid", grid)
+        if isinstance(grid, Nodes) and self.steps is None:
+            object.__setattr__(self, "steps", grid.steps)
+        if self.rtol is not None or self.atol is not None:
+            if self.steps is not None or grid is not None:
+                raise InvalidInput(f"{name} takes steps=/grid= or rtol=/atol=, not both; leave one out")
+            if not self.controlled:
+                raise InvalidInput(f"{name} has no error estimate; write {name}(steps=100)")
+            check_tolerances(name, self.rtol or 0.0, self.atol or 0.0, self.max_steps)
+        elif self.steps is None:
+            also = ", or rtol= and atol=" if self.controlled else ""
+            raise InvalidInput(f"{name} needs steps=<number of steps>, or grid=<tensor of times>{also}; got none")
+        elif not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InvalidInput(f"steps must be a positive integer (steps, not time points); got {self.steps!r}")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the steps are chosen by the error."""
+        return self.steps is None
+
+    @abstractmethod
+    def clock(self, task: Task) -> Clock:
+        """The clock and coordinates to work in."""
+
+    @abstractmethod
+    def take(self, clock: Clock, u: Tensor, h: Tensor, z: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One step: (z⁺, error (n, d) or None), u and h 0-d or (n,), W and H as the path gives them, flattened."""
+
+    def integrate(self, task: Task) -> Outcome:
+        clock, path = self.clock(task), path_of(task)
+        if self.adaptive:
+            stepper = PathStepper(self, clock, path)
+            return drive(clock, task, stepper, self.rtol or 0.0, self.atol or 0.0, self.max_steps)
+        return self._fixed(task, clock, path)
+
+    def _rule(self) -> Grid:
+        """Where the steps lie when no grid is given."""
+        return UniformTime()
+
+    def _fixed(self, task: Task, clock: Clock, path: BrownianPath) -> Outcome:
+        assert self.steps is not None
+        grid = self.grid if isinstance(self.grid, Grid) else self._rule()
+        times = grid.times(task.equation.process, task.start, task.stop, self.steps)
+        times = times if task.save_at is None else merge(times, task.save_at)
+        wanted, total = output_nodes(times, task.save_at), times.numel() - 1
+        nodes = clock.u(times)
+        z, kept = clock.z(task.start, task.x), {}
+        if 0 in wanted:
+            kept[0] = task.x
+        at, lengths = nodes.to(z.device), nodes.diff().to(z.device)
+        for n, (W, H) in enumerate(path.sweep(at)):
+            z, _ = self.take(clock, at[n], lengths[n], z, W.flatten(1).to(z.dtype), H.flatten(1).to(z.dtype))
+            if n + 1 in wanted:
+                kept[n + 1] = clock.x(times[n + 1].item(), z)
+            if task.progress is not None:
+                task.progress((n + 1) / total)
+        x = clock.x(task.stop, z)
+        if total in kept:
+            kept[total] = x
+        status = torch.where(finite_rows(x), task.constant(Status.SUCCESS), task.constant(Status.NON_FINITE))
+        states = torch.stack([kept[n] for n in wanted]) if task.save_at is not None else None
+        return Outcome(x=x, states=states, status=status, accepted=task.constant(total), rejected=task.constant(0))
+
+
+def path_of(task: Task) -> BrownianPath:
+    """The task's path, or the one of its seeds.
+
+    Raises:
+        InvalidInput: the path is not for as many samples, or not of the shape the equation's noise has.
+    """
+    x, noise = task.x, task.equation.noise
+    shape = tuple(x.shape[1:])
+    if noise == "scalar":
+        shape = (1,)
+    elif noise == "general":
+        shape = (task.equation.diffusion(task.start, x).shape[-1],)
+    path = task.path
+    if path is None:
+        assert task.seeds is not None
+        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        return BrownianPath(task.seeds, shape, dtype=dtype, device=x.device)
+    if not isinstance(path, BrownianPath) or path.batch != x.shape[0] or path.shape != shape:
+        raise InvalidInput(
+            f"the path must be a BrownianPath for {x.shape[0]} samples of shape {shape}; got {path!r}. Write "
+            f"sf.BrownianPath(sf.sample_seeds(7, {x.shape[0]}), {shape})"
+        )
+    return path
+
+
+class PathStepper:
+    """A one-step method under `drive`: PI control, every sample with its own step and its own stretch of its path."""
+
+    safety, proportional, integral = 0.9, 0.1, 0.3
+
+    def __init__(self, solver: PathSolver, clock: Clock, path: BrownianPath):
+        self.solver, self.clock, self.path = solver, clock, path
+
+    def begin(self, u: Tensor, z: Tensor, f: Tensor) -> None:
+        self.previous = torch.ones_like(u)
+        self.error = self.previous
+
+    def attempt(self, u: Tensor, z: Tensor, step: Tensor, end: Tensor, allowed: Tensor) -> Attempt:
+        W, H = (v.flatten(1).to(z.dtype) for v in self.path.increment(u, end))
+        ahead, error = self.solver.take(self.clock, u, step, z, W, H)
+        assert error is not None
+        self.error = rms(error.detach()) / allowed
+        bounded = self.error.clamp(1e-6, 1e6)
+        # the estimate goes as h^{3/2}
+        grow = self.safety * bounded ** -(self.integral + self.proportional) * self.previous**self.proportional
+        shrink = self.safety * bounded ** (-2.0 / 3.0)
+        return Attempt(ahead, self.error, grow.clamp(0.2, 4.0), shrink.clamp(0.1, 0.9))
+
+    def commit(self, ok: Tensor) -> None:
+        self.previous = torch.where(ok, self.error.clamp(1e-2, 1e2), self.previous)
+
+    def keep(self, rows: Tensor) -> None:
+        self.previous, self.error = self.previous[rows], self.error[rows]
+        self.path = self.path.restrict(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveMethod(PathSolver):
+    """A tableau for additive noise, in the equation's own time or in a chart (reverse SDEs)."""
+
+    chart: Chart | None = None
+    tableau: ClassVar[AdditiveTableau]
+
+    @property
+    def facts(self) -> Facts:
+        t = self.tableau
+        return Facts(t.name, None, t.strong, t.weak, t.stages, self.adaptive, ("additive",), "drift", t.reference)
+
+    def clock(self, task: Task) -> Clock:
+        return Clock.plain(task, self.chart)
+
+    def take(self, clock: Clock, u: Tensor, h: Tensor, z: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor | None]:
+        tableau, hz = self.tableau, expand(h, z)
+        g = [clock.noise(u + d * h, z) for d in tableau.d]
+        f: list[Tensor] = []
+        for c, a, p, q in zip(tableau.c, tableau.a, tableau.p, tableau.q, strict=True):
+            f.append(clock.rhs(u + c * h, z + _drift(hz, a, f) + _noise(g, p, q, W, H)))
+        ahead = z + _drift(hz, tableau.alpha, f) + _noise(g, tableau.v, tableau.w, W, H)
+        if not self.adaptive:
+            return ahead, None
+        # what the last stage says against the first, and what g does over the step: drift alone is blind to g′
+        bend = hz * (f[-1] - f[0])
+        turn = (g[-1] - g[0]) * (W * 0.5 - H)
+        return ahead, (bend.square() + turn.square()).sqrt()
+
+
+def _drift(h: Tensor, weights: tuple[float, ...], f: list[Tensor]) -> Tensor | float:
+    used = [(w, k) for w, k in zip(weights, f, strict=True) if w]
+    return h * sum((k * w for w, k in used[1:]), used[0][1] * used[0][0]) if used else 0.0
+
+
+def _noise(g: list[Tensor], p: tuple[float, ...], q: tuple[float, ...], W: Tensor, H: Tensor) -> Tensor | float:
+    total: Tensor | float = 0.0
+    for amplitude, a, b in zip(g, p, q, strict=True):
+        if a or b:
+            total = total + amplitude * (W * a + H * b)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class SEA(AdditiveMethod):
+    """Shifted Euler for additive noise: z⁺ = z + h f(u, z + g(W/2 + H)) + gW; one evaluation a step, strong order 1.
+
+    Args:
+        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default uniform in t).
+        chart: for reverse SDEs, the chart to work in; None for the equation's own time.
+    """
+
+    tableau: ClassVar[AdditiveTableau] = tableaux.SEA
+    controlled: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SRA1(AdditiveMethod):
+    """Rößler's SRA1 for additive noise: two evaluations a step, strong order 1.5.
+
+    Args:
+        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default uniform in t).
+        rtol, atol: instead of steps: local error allowed, as RMS over a sample's elements; every sample takes its own steps.
+        max_steps: tries allowed a sample.
+        chart: for reverse SDEs, the chart to work in; None for the equation's own time.
+    """
+
+    tableau: ClassVar[AdditiveTableau] = tableaux.SRA1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SRA2(AdditiveMethod):
+    """Rößler's SRA2 for additive noise: two evaluations a step, strong order 1.5. Arguments as for `SRA1`."""
+
+    tableau: ClassVar[AdditiveTableau] = tableaux.SRA2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SRA3(AdditiveMethod):
+    """Rößler's SRA3 for additive noise: three evaluations a step, strong order 1.5, order 3 where the noise vanishes. Arguments as for `SRA1`."""
+
+    tableau: ClassVar[AdditiveTableau] = tableaux.SRA3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SOSRA(AdditiveMethod):
+    """Rackauckas & Nie's stability-optimised SRA: three evaluations a step, strong order 1.5. Arguments as for `SRA1`."""
+
+    tableau: ClassVar[AdditiveTableau] = tableaux.SOSRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShARK(AdditiveMethod):
+    """Shifted additive-noise Runge–Kutta of Foster, dos Reis & Strange 2024: two evaluations a step, strong order 1.5.
+
+    f₁ = f(u, z + g₀H), f₂ = f(u + ⅚h, z + ⅚h f₁ + g₀(⅚W + H)), z⁺ = z + h(0.4 f₁ + 0.6 f₂) + ∫g dw for g linear over the
+    step. The smallest error constant of the tableaux here on linear equations. Arguments as for `SRA1`.
+    """
+
+    tableau: ClassVar[AdditiveTableau] = tableaux.SHARK
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialShARK(ShARK):
+    """ShARK on a reverse SDE whose linear part for Gaussian data N(0, c²) is taken exactly, in the clock of unit noise.
+
+    dz = (1+η²)/(2η²c²) · cos^{1−η²}θ · (D − c cot θ · ε̂) du + dw, σ/α = c tan θ: see `stochastic_clocks`. On such data the
+    method is exact, path by path; g does not vary, so nothing is lost to g′.
+
+    Args:
+        c: scale of the data (its standard deviation).
+        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default uniform in θ).
+        rtol, atol, max_steps: as for `SRA1`.
+    """
+
+    c: float = 0.5
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(
+            "Exponential ShARK",
+            None,
+            1.5,
+            2.0,
+            2.0,
+            self.adaptive,
+            ("additive",),
+            "diffusion",
+            tableaux.SHARK.reference,
+        )
+
+    def clock(self, task: Task) -> Clock:
+        return UnitNoise.of(task, self.c)
+
+    def _rule(self) -> Grid:
+        return InChart(Trigonometric(self.c))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.c < float("inf"):
+            raise InvalidInput(f"c, the scale of the data, must be positive and finite; got {self.c}")
+        if self.chart is not None:
+            raise InvalidInput("ExponentialShARK has a clock of its own; leave chart out, or take ShARK(chart=...)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EulerMaruyama(PathSolver):
+    """x⁺ = x + h f + g W, for every kind of noise in Itô's sense; strong order ½ (1 for additive noise).
+
+    Args:
+        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default uniform in t).
+        chart: for reverse SDEs, the chart to work in; None for the equation's own time.
+    """
+
+    chart: Chart | None = None
+    controlled: ClassVar[bool] = False
+
+    @property
+    def facts(self) -> Facts:
+        noise = ("additive", "diagonal", "scalar", "general")
+        return Facts("Euler–Maruyama", None, 0.5, 1.0, 1.0, False, noise, "drift", "Maruyama 1955")
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        _need_calculus(self, task, "ito")
+
+    def clock(self, task: Task) -> Clock:
+        return Clock.plain(task, self.chart)
+
+    def take(self, clock: Clock, u: Tensor, h: Tensor, z: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, None]:
+        return z + expand(h, z) * clock.rhs(u, z) + _times(clock.noise(u, z), W), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Milstein(EulerMaruyama):
+    """x⁺ = x + h f + g W + ½ g g′ (W² − |h|): Itô, strong order 1, one drift and two diffusion evaluations a step.
+
+    g g′ is the difference quotient (g(x + g√h) − g(x))/√h along g, right for diagonal noise (each g_i a function of x_i) and for
+    scalar noise; no derivative is asked for. Arguments as for `EulerMaruyama`. (Milstein 1974; Kloeden & Platen 1992, 11.1)
+    """
+
+    @property
+    def facts(self) -> Facts:
+        noise = ("additive", "diagonal", "scalar")
+        return Facts("Milstein", None, 1.0, 1.0, 1.0, False, noise, "drift", "Milstein 1974")
+
+    def take(self, clock: Clock, u: Tensor, h: Tensor, z: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, None]:
+        ahead, _ = super().take(clock, u, h, z, W, H)
+        if clock.equation.noise == "additive":
+            return ahead, None
+        g, length = clock.noise(u, z), expand(h.abs(), z)
+        slope = (clock.noise(u, z + g * length.sqrt()) - g) / length.sqrt()
+        return ahead + 0.5 * slope * (W.square() - length), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticHeun(EulerMaruyama):
+    """x̃ = x + h f + g W, x⁺ = x + ½h(f + f̃) + ½(g + g̃)W: Stratonovich, strong order 1 for diagonal, scalar and additive noise.
+
+    For additive noise the two calculi are one. Arguments as for `EulerMaruyama`. (Rümelin 1982)
+    """
+
+    @property
+    def facts(self) -> Facts:
+        noise = ("additive", "diagonal", "scalar")
+        return Facts("Stochastic Heun", None, 1.0, 1.0, 2.0, False, noise, "drift", "Rümelin 1982")
+
+    def check(self, task: Task) -> None:
+        Solver.check(self, task)
+        if task.equation.noise != "additive":
+            _need_calculus(self, task, "stratonovich")
+
+    def take(self, clock: Clock, u: Tensor, h: Tensor, z: Tensor, W: Tensor, H: Tensor) -> tuple[Tensor, None]:
+        f, g, hz = clock.rhs(u, z), clock.noise(u, z), expand(h, z)
+        ahead = z + hz * f + g * W
+        return z + 0.5 * hz * (f + clock.rhs(u + h, ahead)) + 0.5 * (g + clock.noise(u + h, ahead)) * W, None
+
+
+def _need_calculus(solver: PathSolver, task: Task, calculus: str) -> None:
+    if task.equation.calculus != calculus:
+        other = "Milstein, EulerMaruyama" if calculus == "stratonovich" else "StochasticHeun"
+        raise InvalidInput(
+            f'{solver.facts.name} solves equations with calculus="{calculus}", this one has "{task.equation.calculus}"; take {other}'
+        )
+
+
+def _times(g: Tensor, W: Tensor) -> Tensor:
+    """g W: elementwise, or (n, d, m) times (n, m)."""
+    return torch.einsum("ndm,nm->nd", g, W) if g.ndim == 3 else g * W

@@ -1,0 +1,130 @@
+"""The clock and coordinates a stochastic solver works in: dz = f du + g dw, w a Brownian path in the time u.
+
+Three kinds: the equation's own time; a chart; and the clock of unit noise. For the last, take Gaussian data N(0, c²) as a
+reference, θ with σ/α = c tan θ, y = x/α. Its denoiser is cos²θ·y, and under it the reverse SDE of strength η is, in
+
+    z = cos^{1+η²}θ · y,   u = −c²(1 − cos^{2η²}θ) ∈ [−c², 0),
+
+plain Brownian motion: the linear part is gone and the noise is 1. For any data what remains is
+
+    dz = (1+η²)/(2η²c²) · cos^{1−η²}θ · (D − c cot θ · ε̂) du + dw,
+
+whose drift is (D − z)/(−u) at η = 1. u is 0 at clean data, where Brownian paths resolve time best. With c → ∞ and η = 1 this is
+stochastic localisation, dv = D ds + dB_s in s = (α/σ)²; the finite c keeps the noise of small steps from being amplified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdeflow.charts import Chart
+from sdeflow.errors import InvalidInput
+from sdeflow.processes import Process, as_time, expand
+from sdeflow.solvers.base import Task
+from sdeflow.solvers.control import Flow
+
+
+@dataclass(frozen=True)
+class Clock(Flow):
+    """An SDE in its own time (chart None) or in a chart; states are flattened to (n, d)."""
+
+    @staticmethod
+    def plain(task: Task, chart: Chart | None) -> Clock:
+        """The task's SDE in t, or in a chart's clock."""
+        equation = task.equation
+        if chart is not None and (equation.process is None or equation.predict is None):
+            raise InvalidInput(
+                f"chart={chart!r} needs a diffusion equation; {equation!r} has no process. Leave chart out"
+            )
+        bound = None if chart is None or equation.process is None else chart.bind(equation.process)
+        return Clock(equation, bound, task.start, task.stop, task.x.shape[1:])
+
+    def rhs(self, u: Tensor, z: Tensor) -> Tensor:
+        """f(u, z), (n, d); u 0-d or (n,)."""
+        if self.chart is None:
+            return super().rhs(u, z)
+        t, shaped = self.t(u), z.reshape(-1, *self.event)
+        p, q = self.chart.drift_weights(u, self.equation.eta)
+        assert self.equation.predict is not None
+        return self.equation.predict.combine(shaped / expand(self.chart.m(t), shaped), t, p, q).flatten(1)
+
+    def noise(self, u: Tensor, z: Tensor) -> Tensor:
+        """g(u, z), broadcastable to (n, d), or (n, d, m) for general noise."""
+        if self.chart is not None:
+            return expand(self.chart.diffusion(u, self.equation.eta), z)
+        shaped = z.reshape(-1, *self.event)
+        g = self.equation.diffusion(self.t(u), shaped).to(z.dtype)
+        if self.equation.noise == "general":
+            return g
+        g = expand(g, shaped) if g.ndim < 2 else g  # one amplitude a sample, as a function of t alone gives
+        return g.broadcast_to(shaped.shape).flatten(1)
+
+
+@dataclass(frozen=True)
+class UnitNoise(Clock):
+    """A reverse SDE in the clock of unit noise for data of scale c."""
+
+    c: float = 0.5
+
+    @staticmethod
+    def of(task: Task, c: float) -> UnitNoise:
+        """The task's reverse SDE in this clock."""
+        clock = UnitNoise(task.equation, None, task.start, task.stop, task.x.shape[1:], c=c)
+        alpha, sigma = (v.item() for v in clock.process.coefficients(task.start)[:2])
+        if not (alpha > 0 and sigma > 0):
+            raise InvalidInput(
+                f"the solve starts at t={task.start}, where α = {alpha:g} and σ = {sigma:g}, and the reverse SDE needs both "
+                f"positive; start a little inside, e.g. solve(..., start={0.999 * task.start:g})"
+            )
+        return clock
+
+    @property
+    def process(self) -> Process:
+        """The equation's process."""
+        assert self.equation.process is not None
+        return self.equation.process
+
+    def _angles(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos θ, sin θ) at t."""
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        hypotenuse = torch.hypot(self.c * alpha, sigma)
+        return self.c * alpha / hypotenuse, sigma / hypotenuse
+
+    def _m(self, t: Tensor) -> Tensor:
+        cos, _ = self._angles(t)
+        return cos ** (1.0 + self.equation.eta**2) / self.process.alpha(t)
+
+    def u(self, t: Tensor | float) -> Tensor:
+        cos, sin = self._angles(as_time(t))
+        # 1 − cos^{2η²} without cancellation where θ is small
+        log_cos = torch.where(sin < 0.5, 0.5 * torch.log1p(-(sin**2)), cos.log())
+        return self.c**2 * torch.expm1(2.0 * self.equation.eta**2 * log_cos)
+
+    def t(self, u: Tensor) -> Tensor:
+        log_cos = torch.log1p(u / self.c**2) / (2.0 * self.equation.eta**2)
+        rho = self.c * (-torch.expm1(2.0 * log_cos)).sqrt() / log_cos.exp()
+        return self.process.time_of_rho(rho).clamp(min(self.start, self.stop), max(self.start, self.stop))
+
+    def z(self, t: Tensor | float, x: Tensor) -> Tensor:
+        return (expand(self._m(as_time(t, x.device)), x) * x).flatten(1)
+
+    def x(self, t: Tensor | float, z: Tensor) -> Tensor:
+        z = z.reshape(-1, *self.event)
+        return z / expand(self._m(as_time(t, z.device)), z)
+
+    def rhs(self, u: Tensor, z: Tensor) -> Tensor:
+        t, eta2 = self.t(u), self.equation.eta**2
+        cos, sin = self._angles(t)
+        p = (1.0 + eta2) / (2.0 * eta2 * self.c**2) * cos ** (1.0 - eta2)
+        assert self.equation.predict is not None
+        return self.equation.predict.combine(self.x(t, z), t, p, -p * self.c * cos / sin).flatten(1)
+
+    def noise(self, u: Tensor, z: Tensor) -> Tensor:
+        return z.new_ones(())
+
+    def carry(self, u: Tensor) -> Tensor:
+        """∂x_end/∂z for the reference data, where z is a martingale: 1/m(stop)."""
+        return (1.0 / self._m(as_time(self.stop, u.device))).expand_as(u)
