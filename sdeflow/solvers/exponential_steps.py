@@ -95,6 +95,11 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
     else:
         exact, blind = linear_data(s, t, strength.decay(s.lam, t.lam)), False
     p, c = _orders(scheme, points, strength.noisy, blind)
+    clock_of = strength if strength.clock is None else strength.clock
+    normals = path_normals(task, points, clock_of) if strength.noisy else None
+    if not c.any() and bool((p == 1).all()) and not blind:
+        calls = _evaluations(task, s.t, np.full(steps, float(scheme.form == "noise")))
+        return Plan.one_step(calls, exact.A, exact.W, exact.noise, normals)
     infinite = not (bool(np.isfinite(s.lam).all()) or blind)
     clock = "share" if infinite and scheme.clock in ("lambda", "rho") else scheme.clock
     weigh = _Weigher(scheme, points, exact, clocks(process, clock), clock)
@@ -116,15 +121,17 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
             plan.append([ahead])
     q = np.full(len(at.t), float(scheme.form == "noise"))
     q[0] = q[0] * (not blind)
-    clock = strength if strength.clock is None else strength.clock
-    return compiled(task, at.t, q, plan, path_normals(task, points, clock) if strength.noisy else None)
+    return compiled(task, at.t, q, plan, normals)
 
 
 def compiled(task: Task, t: list[float], q: Array, plan: list[list[Stage]], normals: Normals | None = None) -> Plan:
     """The plan for calls at times t with F = (1 − q) D + q ε̂."""
+    return Plan(_evaluations(task, np.array(t), q), plan, normals)
+
+
+def _evaluations(task: Task, t: Array, q: Array) -> Evaluations:
     want = torch.from_numpy(q)
-    calls = Evaluations(task, torch.tensor(t, dtype=torch.float64), 1.0 - want, want)
-    return Plan(calls, plan, normals)
+    return Evaluations(task, torch.from_numpy(t), 1.0 - want, want)
 
 
 def path_normals(task: Task, points: Points, strength: Strength) -> Normals:

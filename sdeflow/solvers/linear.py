@@ -11,9 +11,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +61,7 @@ class Evaluations:
     Attributes:
         ratio: a/b of every call.
         weight: b of every call.
+        call, rows, scales: call i's output at x is call(x·scales[i], rows[i]); scales None for 1.
     """
 
     def __init__(self, task: Task, t: Tensor, p: float | Tensor = 1.0, q: float | Tensor = 0.0):
@@ -71,15 +72,9 @@ class Evaluations:
         scale = predict.input_scale(t)
         self.ratio: list[float] = (a / b).tolist()
         self.weight: list[float] = b.tolist()
-        self._scale = None if scale is None else torch.broadcast_to(scale, t.shape).tolist()
-        self._rows = network_rows(predict, t, task.x)
-        self._call = predict.caller(task.x)
-
-    def __call__(self, i: int, x: Tensor) -> Tensor:
-        """The output of call i at x (batch, *event)."""
-        if self._scale is not None:
-            x = x * self._scale[i]
-        return self._call(x, self._rows[i])
+        self.scales = None if scale is None else torch.broadcast_to(scale, t.shape).tolist()
+        self.rows = network_rows(predict, t, task.x)
+        self.call = predict.caller(task.x)
 
 
 class DriftCalls:
@@ -88,11 +83,8 @@ class DriftCalls:
     def __init__(self, equation: Equation, t: Tensor, device: torch.device):
         self.ratio = [0.0] * t.numel()
         self.weight = [1.0] * t.numel()
-        self._t, self._drift = as_time(t, device).unbind(), equation.drift
-
-    def __call__(self, i: int, x: Tensor) -> Tensor:
-        """drift(t_i, x)."""
-        return self._drift(self._t[i], x)
+        self.rows, self.scales = as_time(t, device).unbind(), None
+        self.call = lambda x, t: equation.drift(t, x)
 
 
 def network_rows(predict: Prediction, t: Tensor, x: Tensor) -> list[Tensor]:
@@ -154,33 +146,60 @@ class PathNormals(Normals):
         return [(w * unit).to(self._x.dtype) for w, unit in zip(W, self._unit[first:], strict=False)]
 
 
-@dataclass
+Folded = tuple["int | None", float, Sequence[tuple[int, float]], float, int, bool]
+"""A stage whose (evaluation, W) are (place in memory counted from the newest, W·b)."""
+
+
 class Plan:
     """A compiled solve.
 
-    Attributes:
-        evaluate: `evaluate(i, x)`, with `ratio` and `weight`.
+    Args:
+        calls: the network calls.
         steps: the stages of every step.
         normals: z_k, None when nothing is drawn.
     """
 
-    evaluate: Evaluations | DriftCalls
-    steps: Sequence[Sequence[Stage]]
-    normals: Callable[[int], Tensor] | None = None
-    memory: deque[Tensor] = field(default_factory=deque)
-    anchor: Tensor | None = None
+    def __init__(
+        self,
+        calls: Evaluations | DriftCalls,
+        steps: Sequence[Sequence[Stage]],
+        normals: Callable[[int], Tensor] | None = None,
+    ):
+        self.calls, self.normals, self.ratio = calls, normals, calls.ratio
+        self.anchor: Tensor | None = None
+        self.steps, longest = self._fold(steps)
+        self.memory: deque[Tensor] = deque(maxlen=longest)
 
-    def __post_init__(self) -> None:
-        # (evaluation, W) becomes (place in memory counted from its newest, W·b); an F used once, at once and beside its
-        # own x, as in every one-step method, gives its share of x to the scale
-        weight, ratio, newest, longest, folded = self.evaluate.weight, self.evaluate.ratio, -1, 1, []
+    @classmethod
+    def one_step(
+        cls,
+        calls: Evaluations | DriftCalls,
+        A: np.ndarray,
+        W: np.ndarray,
+        noise: np.ndarray | None,
+        normals: Normals | None,
+    ) -> Plan:
+        """x ← A_n x + W_n F_n + noise_n z_n: the folding of all steps at once."""
+        plan = cls(calls, (), normals)
+        b = W * calls.weight
+        scale, plan.ratio = (A + b * calls.ratio).tolist(), [0.0] * len(A)
+        s = [0.0] * len(A) if noise is None else noise.tolist()
+        plan.steps = [
+            [(n, a, ((-1, w),), z, n, True)] for n, (a, w, z) in enumerate(zip(scale, b.tolist(), s, strict=True))
+        ]
+        return plan
+
+    def _fold(self, steps: Sequence[Sequence[Stage]]) -> tuple[list[list[Folded]], int]:
+        # an F used once, at once and beside its own x, as in every one-step method, gives its share of x to the scale
+        weight, ratio, newest, longest = self.calls.weight, self.ratio, -1, 1
+        folded: list[list[Folded]] = []
         uses = [0] * len(weight)
-        for stages in self.steps:
+        for stages in steps:
             for stage in stages:
                 for i, _ in stage.terms:
                     uses[i] += 1
-        for stages in self.steps:
-            done = []
+        for stages in steps:
+            done: list[Folded] = []
             for at, scale, terms, noise, draw, anchor in stages:
                 if at is not None:
                     newest = at
@@ -194,8 +213,7 @@ class Plan:
                     ratio[at] = 0.0
                 done.append((at, scale, places, noise, draw, anchor))
             folded.append(done)
-        self.folded = folded
-        self.memory = deque(maxlen=longest)
+        return folded, longest
 
 
 class LinearMethod(FixedStep):
@@ -212,18 +230,17 @@ class LinearMethod(FixedStep):
         return len(state.steps)
 
     def step(self, task: Task, state: Plan, n: int, x: Tensor) -> tuple[Tensor, Plan]:
-        memory, evaluate, normals = state.memory, state.evaluate, state.normals
-        for at, scale, terms, noise, draw, anchor in state.folded[n]:
+        memory, calls, ratios = state.memory, state.calls, state.ratio
+        for at, scale, terms, noise, draw, anchor in state.steps[n]:
             if anchor:
                 state.anchor = x
             if at is not None:
-                output, ratio = evaluate(at, x), evaluate.ratio[at]
+                output = calls.call(x if calls.scales is None else x * calls.scales[at], calls.rows[at])
+                ratio = ratios[at]
                 memory.append(output if ratio == 0.0 else torch.add(output, x, alpha=ratio))
-            assert state.anchor is not None
-            x = state.anchor * scale
+            x = state.anchor * scale  # type: ignore[operator]  # the first stage of a solve sets the anchor
             for place, weight in terms:
                 x.add_(memory[place], alpha=weight)
             if noise:
-                assert normals is not None
-                x.add_(normals(draw), alpha=noise)
+                x.add_(state.normals(draw), alpha=noise)  # type: ignore[misc]
         return x, state

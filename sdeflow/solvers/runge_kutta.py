@@ -103,6 +103,9 @@ def _in_chart(solver: RungeKutta, task: Task, times: Tensor) -> Plan:
     m = chart.m(t)
     scale, gain = (m[:, :1] / m[:, 1:]).tolist(), (h[:, None] / m[:, 1:]).tolist()
     calls, (p, q) = t[:, :-1].flatten(), chart.drift_weights(inner[:, :-1].flatten())
+    if tableau.stages == 1 and not solver.denoise:
+        A, W = m[:, 0] / m[:, 1], tableau.b[0] * h / m[:, 1]
+        return Plan.one_step(Evaluations(task, calls, p, q), A.numpy(), W.numpy(), None, None)
     plan = [_stages(tableau, i * tableau.stages, s, g) for i, (s, g) in enumerate(zip(scale, gain, strict=True))]
     if solver.denoise:
         one = torch.ones(1, dtype=torch.float64)
