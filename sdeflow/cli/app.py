@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import sdeflow as sf
 from sdeflow import report
 from sdeflow.cli import strings
@@ -73,6 +75,7 @@ def _add_compare(app: Any, typer: Any) -> None:
         law_samples: int = typer.Option(512, help="samples of an SDE run, whose end states are compared as a law"),
         eta: float = typer.Option(1.0, help="η of the reverse SDE"),
         seed: int = typer.Option(0, help="of start states, noise and statistics"),
+        threads: int = typer.Option(1, help="of torch; 1 makes times comparable"),
         output: Path = typer.Option(Path("results/compare"), "--output", "-o", help="folder of records and figure"),
     ) -> None:
         """Measure error against network evaluations, and draw the figure.
@@ -85,6 +88,9 @@ def _add_compare(app: Any, typer: Any) -> None:
         )
         if equation not in ("ode", "sde", "both"):
             raise InvalidInput(f"--equation {equation!r}: choose ode, sde or both")
+        if threads < 1:
+            raise InvalidInput(f"--threads {threads}: expected a number ≥ 1")
+        torch.set_num_threads(threads)
         target = strings.parse(problem, strings.problems(), "problem").build()
         forward = strings.parse(process, strings.processes(), "process").build()
         with _bar() as bar:
