@@ -163,10 +163,20 @@ SDE = [
     ("Euler ancestral", 1, "sdeflow", ours(lambda **k: sf.EulerAncestral(**k))),
     ("Euler ancestral", 1, "k-diffusion", kdiffusion("sample_euler_ancestral")),
     ("SDE-DPM-Solver++ 2M", 2, "sdeflow", ours(lambda **k: sf.DPMSolverPP(order=2, sde=True, **k))),
-    ("SDE-DPM-Solver++ 2M", 2, "diffusers", diffusers("DPMSolverMultistepScheduler", solver_order=2, algorithm_type="sde-dpmsolver++")),
+    (
+        "SDE-DPM-Solver++ 2M",
+        2,
+        "diffusers",
+        diffusers("DPMSolverMultistepScheduler", solver_order=2, algorithm_type="sde-dpmsolver++"),
+    ),
     ("SDE-DPM-Solver++ 2M", 2, "k-diffusion", kdiffusion("sample_dpmpp_2m_sde")),
     ("SDE-DPM-Solver++ 3M", 2, "sdeflow", ours(lambda **k: sf.DPMSolverPP(order=3, sde=True, **k))),
-    ("SDE-DPM-Solver++ 3M", 2, "diffusers", diffusers("DPMSolverMultistepScheduler", solver_order=3, algorithm_type="sde-dpmsolver++")),
+    (
+        "SDE-DPM-Solver++ 3M",
+        2,
+        "diffusers",
+        diffusers("DPMSolverMultistepScheduler", solver_order=3, algorithm_type="sde-dpmsolver++"),
+    ),
     ("SDE-DPM-Solver++ 3M", 2, "k-diffusion", kdiffusion("sample_dpmpp_3m_sde")),
 ]
 
@@ -198,7 +208,9 @@ def table(kind: str, methods: list, errors: Callable) -> list[dict]:
             missing[who] = str(error)
             continue
         order = math.log2(e[-2] / e[-1])
-        rows.append({"kind": kind, "method": method, "claimed": claim, "library": who, "errors": e, "order": round(order, 2)})
+        rows.append(
+            {"kind": kind, "method": method, "claimed": claim, "library": who, "errors": e, "order": round(order, 2)}
+        )
         print(f"{kind} {method:40} {who:12} claimed {claim}  observed {order:.2f}  {[f'{v:.1e}' for v in e]}")
     for who, why in missing.items():
         print(f"{who} left out: {why}")
@@ -231,7 +243,9 @@ def main() -> None:
         rows = table("ODE", ODE, ode_errors) + table("SDE", SDE, sde_errors)
     versions = {"python": platform.python_version(), "sdeflow": sf.__version__} | library_versions()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    args.out.with_suffix(".json").write_text(
+        json.dumps({"versions": versions, "rows": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     args.out.with_suffix(".md").write_text(markdown(rows, versions), encoding="utf-8")
 
 
