@@ -9,6 +9,8 @@ The network is a `UNet2DModel` of 225 thousand parameters on 8×8 pixels in [−
 2022). Times are drawn from the whole interval [0, 999], not from its integers, because the solvers evaluate in between.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 import numpy as np
@@ -32,7 +35,7 @@ from torch import Tensor
 import sdeflow as sf
 
 NO_CLASS = 10
-TARGETS = {"noise": "epsilon", "v": "v_prediction"}
+TARGETS: dict[str, Literal["epsilon", "v_prediction"]] = {"noise": "epsilon", "v": "v_prediction"}
 """Our names of the targets and the schedulers' names of them."""
 TRAIN = 1437
 """Rows of the training part; the other 360 are held out."""

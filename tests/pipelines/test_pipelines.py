@@ -1,5 +1,9 @@
 """Diffusers pipelines taken apart reproduce their own output on their own timesteps."""
 
+# diffusers' annotations admit neither plain tensors as latents nor what its pipelines return
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+
 import subprocess
 import sys
 from pathlib import Path

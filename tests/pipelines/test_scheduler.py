@@ -1,5 +1,9 @@
 """Our solvers inside unmodified diffusers pipelines give what `solve` gives."""
 
+# diffusers' annotations admit neither plain tensors as latents nor what its pipelines return
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportAssignmentType=false
+
 import dataclasses
 import threading
 from dataclasses import dataclass
