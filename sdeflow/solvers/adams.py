@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,12 @@ from sdeflow.solvers.control import Attempt, Flow, Trace, check_tolerances, driv
 MAX_ORDER = 12
 SAFETY = 0.55
 LESS = SAFETY**-3
+"""Accepted steps aim at an error of SAFETY^{k+1}; the first step is held to that too, as no estimate checks it afterwards."""
+MANY = 100
+"""Tries after which low order means that f is rough."""
+COARSER = 2.5
+"""Ratio of the tolerances of the two solves of an error estimate: the second costs 0.7 to 0.95 of the first. Larger ratios lose
+samples that only the looser solve sends to another mode."""
 GROW, START, KEEP, SHRINK = 2.0, 3.0, 0.5, 0.3
 """Bounds on the step's change: at most GROW (START while the order still rises at
 every step) and at least KEEP after an accepted step, at least SHRINK after a rejected one."""
@@ -43,6 +49,8 @@ class Adams(Solver):
         chart: None for StraightLine() on diffusion equations and t on any other ODE.
         coupled: one step size and order for the whole batch, by its largest error: for networks that take one scalar t.
         dense: keep the steps for `solution.at(t)`, by the corrector's own polynomial.
+        error_estimate: solve a second time, 2.5 times more loosely, and report the difference over 1.5 as each sample's
+            estimated error. Evaluations of both are counted.
         pece: evaluate again after correcting. Costs twice and, on the problems measured, gains less.
 
     Reference: Krogh 1969; Shampine & Gordon 1975. Weights are computed for every sample's own nodes by Newton's
@@ -57,6 +65,7 @@ class Adams(Solver):
     coupled: bool = False
     pece: bool = False
     dense: bool = False
+    error_estimate: bool = False
 
     def __post_init__(self) -> None:
         check_tolerances("Adams", self.rtol, self.atol, self.max_steps)
@@ -80,7 +89,21 @@ class Adams(Solver):
     def integrate(self, task: Task) -> Outcome:
         flow = Flow.of(task, self.chart, one_time=self.coupled)
         stepper = AdamsStepper(flow, self.max_order, self.pece, self.coupled, task.gradients)
-        return drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)
+        outcome = drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)
+        if self.error_estimate:
+            outcome.error_estimate = self._compare(task, outcome)
+        return outcome
+
+    def _compare(self, task: Task, outcome: Outcome) -> Tensor:
+        """The end's error, (batch,), from a second, looser solve: errors are proportional to tolerances.
+
+        With tolerances COARSER times as large an error of the same sign is COARSER times as large, and the two ends
+        differ by COARSER − 1 errors of the better one.
+        """
+        loose = replace(self, rtol=COARSER * self.rtol, atol=COARSER * self.atol, dense=False, error_estimate=False)
+        other = loose.integrate(replace(task, save_at=None, progress=None))
+        gap = rms((other.x - outcome.x).detach().flatten(1)) / (COARSER - 1.0)
+        return torch.where((outcome.status == 0) & (other.status == 0), gap, torch.nan)
 
 
 @lru_cache(maxsize=32)
@@ -151,6 +174,7 @@ class AdamsStepper:
         self.flow, self.max_order, self.pece, self.coupled, self.gradients = flow, max_order, pece, coupled, gradients
 
     def begin(self, u: Tensor, z: Tensor, f: Tensor) -> None:
+        """See `Stepper`."""
         n, d = z.shape
         slots = 4
         self.U = u.new_zeros(n, slots)
@@ -162,7 +186,10 @@ class AdamsStepper:
         self.k = torch.ones_like(self.head)
         self.young = torch.ones_like(self.head, dtype=torch.bool)
         self.starting = True
-        self.top = 1
+        self.noisy = self.refused = False
+        self.noise, self.tries = torch.zeros_like(u), torch.zeros_like(self.head)
+        self.last_error, self.last_step = torch.zeros_like(u), torch.ones_like(u)
+        self.top, self.turns = 1, 0
 
     def _put(self, F: Tensor, slot: Tensor, f: Tensor) -> Tensor:
         rows = torch.arange(F.shape[0], device=F.device)
@@ -187,9 +214,10 @@ class AdamsStepper:
         self.head = torch.full_like(self.head, old - 1)
 
     def attempt(self, u: Tensor, z: Tensor, step: Tensor, end: Tensor, allowed: Tensor) -> Attempt:
+        """See `Stepper`."""
         K = min(self.top + 2, self.max_order + 1)
-        if self.U.shape[1] < K:
-            self._grow(min(K + 2, self.max_order + 1))
+        if self.U.shape[1] < K + 1:  # one slot is spare, for the evaluation under way
+            self._grow(min(K + 2, self.max_order + 1) + 1)
         slots = self._recent(K)
         back = torch.arange(K, device=u.device)
         # slots never filled are given places of their own behind the rest; nothing weighs on them
@@ -202,7 +230,11 @@ class AdamsStepper:
         f = self.flow.rhs(end, z_star)
         r = f[:, None] - Y[:, 1:]
         z_new = torch.addcmul(z_star, r[:, 1], (step * gamma).to(z.dtype)[:, None])
-        error = rms(r.detach()).T * (step * eta).abs() / allowed
+        size = rms(r.detach()).T
+        if self.noisy:
+            size = self._without_noise(size, rows)
+        error = size * (step * eta).abs() / allowed
+        self.residual, self.gain, self.error, self.step = size[1], rows[2], error[1], step
         self.end, self.f, self.z_new = end, f, z_new
         if self.starting:
             # η₁r₁ measures Euler's error ½h²z″. The step ends with the trapezoidal rule, whose error is smaller by
@@ -241,24 +273,58 @@ class AdamsStepper:
         return Attempt(z, error[1], best.clamp_min(KEEP).clamp_max(grow), best.clamp(SHRINK, 0.9))
 
     def commit(self, ok: Tensor) -> None:
+        """See `Stepper`."""
         f = self.f
         if self.pece:
             f = self.flow.rhs(self.end, self.z_new)
         ring = self.U.shape[1]
         head = (self.head + 1).remainder(ring)
         rows = torch.arange(len(ok), device=ok.device)
-        slot = head
-        self.U[rows, slot] = torch.where(ok, self.end, self.U[rows, slot])
-        self.F = self._put(self.F, slot, torch.where(ok[:, None], f, self.F[rows, slot]))
+        # a rejected evaluation goes to the spare slot too, where nothing weighs on it; as 0, since 0·NaN is NaN
+        self.U[rows, head] = self.end
+        self.F = self._put(self.F, head, torch.where(ok[:, None], f, 0.0))
         self.head = torch.where(ok, head, self.head)
-        self.count = torch.where(ok, (self.count + 1).clamp_max(ring), self.count)
+        self.count = torch.where(ok, (self.count + 1).clamp_max(ring - 1), self.count)
         self.k = self.next
         # a first step tried again is still a first step
         self.young = self.young & (self.k == self.count) & (ok | (self.count == 1))
-        self.top, self.starting = (int(v) for v in torch.stack([self.k.max(), self.young.any()]).tolist())
+        top, starting, refused = torch.stack([self.k.max(), self.young.any(), ~ok.all()]).tolist()
+        self.top, self.starting = top, bool(starting)
+        self.turns += 1
+        if refused or self.refused or self.turns >= MANY:
+            self._suspect(ok)
+        self.refused = bool(refused)
+
+    def _suspect(self, ok: Tensor) -> None:
+        """Look for noise in f where steps are refused again and again.
+
+        Truncation errors fall at least as h², an error made by noise of size δ in f as h. Where the third refusal in a row
+        or a later one finds the latter, δ is what the residual says: |r_k|² = δ²(1 + Σℓ²), ℓ the weights of P_k(u⁺). So it is
+        where after MANY steps the order is still ≤ 2: on steps that small a smooth f would let it rise.
+        """
+        slow = self.error > self.last_error * (self.step / self.last_step).abs() ** 1.5
+        noise = 0.8 * self.residual / (1.0 + self.gain.square().sum(0)).sqrt()
+        found = ~ok & (self.tries >= 2) & slow
+        if self.turns >= MANY and self.max_order > 2:
+            found = found | (self.k <= 2)
+        found = found & noise.isfinite()
+        self.noise = torch.where(found, torch.maximum(self.noise, noise), self.noise)
+        self.tries = torch.where(ok, 0, self.tries + 1)
+        self.last_error, self.last_step = self.error, self.step
+        self.noisy = self.noisy or bool(found.any())
+
+    def _without_noise(self, size: Tensor, rows: Tensor) -> Tensor:
+        """The residuals (3, n) less what the noise found explains, twice over: chasing it would shrink steps for ever.
+
+        A residual below the noise says that the noise is smaller (it was a jump, or it has ended).
+        """
+        gain = (1.0 + rows[1:].square().sum(1)).sqrt()
+        self.noise = self.noise.minimum(2.0 * size[1] / gain[1])
+        return (size.square() - (2.0 * self.noise * gain).square()).clamp_min(0.0).sqrt().maximum(0.01 * size)
 
     def keep(self, rows: Tensor) -> None:
-        for name in ("U", "F", "head", "count", "k", "young"):
+        """See `Stepper`."""
+        for name in ("U", "F", "head", "count", "k", "young", "noise", "tries", "last_error", "last_step"):
             setattr(self, name, getattr(self, name)[rows])
         self.top = int(self.k.max()) if len(rows) else 1
 

@@ -252,3 +252,69 @@ def test_settings_that_cannot_work_are_refused(fields):
 def test_a_chart_needs_a_diffusion_equation():
     with pytest.raises(sf.InvalidInput, match="Leave chart out"):
         sf.solve(sf.Equation(lambda t, x: -x, start=0.0, stop=1.0), sf.Adams(chart=sf.LogSNR()), torch.ones(1, 1))
+
+
+# --- networks that are not smooth
+
+
+class Adversary:
+    """A denoiser and its bad habits."""
+
+    @staticmethod
+    def jump(x, t):
+        return torch.where(t[:, None] < 0.4, 0.5, -0.5) * torch.ones_like(x)
+
+    @staticmethod
+    def constant(x, t):
+        return torch.full_like(x, 0.3)
+
+    @staticmethod
+    def steep(x, t):
+        return torch.tanh(300.0 * x)
+
+    @staticmethod
+    def noisy(x, t):
+        """0.2 tanh x with an output noise of 1e-3 that no two points share."""
+        hash_ = torch.sin(1e5 * (x + 7.0 * t[:, None])) * 12.9898e3
+        return 0.2 * torch.tanh(x) + 2e-3 * (hash_ - hash_.floor() - 0.5) * math.sqrt(3.0)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("name", ["jump", "constant", "steep", "noisy"])
+def test_adversarial_networks_finish(name, tol):
+    process = sf.VP()
+    x = process.prior((16, 8), seed=0, dtype=f64)
+    ode = sf.ProbabilityFlowODE(sf.DataPrediction(getattr(Adversary, name), process))
+    s = sf.solve(ode, sf.Adams(rtol=tol, atol=tol, max_steps=1000), x)
+    assert s.x.isfinite().all()
+    if name == "constant":  # z − D ∝ u: exact at once
+        assert s.evaluations.max() <= 30
+        rho = process.rho(process.t_min) / process.rho(process.t_max)
+        want = process.alpha(process.t_min) * (0.3 + rho * (x / process.alpha(process.t_max) - 0.3))
+        assert rmse(s.x, want) < tol
+    if name == "noisy":  # the noise sets the accuracy, not the work
+        smooth = sf.ProbabilityFlowODE(sf.DataPrediction(lambda x, t: 0.2 * torch.tanh(x), process))
+        want = sf.solve(smooth, sf.Adams(rtol=1e-9, atol=1e-9), x).x
+        without = rmse(sf.solve(smooth, sf.Adams(rtol=tol, atol=tol), x).x, want)
+        assert rmse(s.x, want) < 2.0 * without + 2e-3
+        assert s.evaluations.max() < 500
+
+
+# --- the error estimate
+
+
+@pytest.mark.parametrize("make", [sf.problems.gaussian, sf.problems.ring], ids=["gaussian", "ring"])
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_error_estimate_is_within_three_of_the_error_at_twice_the_cost(make, tol):
+    process = sf.VP()
+    problem = make()
+    ode = sf.ProbabilityFlowODE(problem.prediction(process))
+    x = process.prior((128, problem.dim), seed=7, dtype=f64)
+    truth = sf.solve(ode, sf.Adams(rtol=1e-10, atol=1e-10), x).x
+    plain = sf.solve(ode, sf.Adams(rtol=tol, atol=tol), x)
+    s = sf.solve(ode, sf.Adams(rtol=tol, atol=tol, error_estimate=True), x)
+    assert torch.equal(s.x, plain.x)
+    assert s.evaluations.sum() <= 2 * plain.evaluations.sum()
+    assert s.error_estimate is not None
+    error, estimate = rmse(s.x, truth), s.error_estimate.square().mean().sqrt().item()
+    assert error / 3.0 <= estimate <= 3.0 * error
