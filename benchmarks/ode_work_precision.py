@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +142,10 @@ def cell(problem, process, batch, seed):
 
         return run
 
-    solvers = [("sdeflow Adams", "ours", native(sf.Adams)), ("sdeflow Tsit5", "ours", native(sf.Tsit5))]
+    solvers: list[tuple[str, str, Callable]] = [
+        ("sdeflow Adams", "ours", native(sf.Adams)),
+        ("sdeflow Tsit5", "ours", native(sf.Tsit5)),
+    ]
     for name, chart in (("t", sf.PlainTime()), ("log-SNR", sf.LogSNR()), ("ours", straight)):
         for library, methods, run in (("torchdiffeq", TORCHDIFFEQ, run_torchdiffeq), ("scipy", SCIPY, run_scipy)):
             for method in methods:
