@@ -179,7 +179,8 @@ def page(record: dict) -> str:
         "  of the network's own flow in float64 from the same noise; two such solves (tolerances 1e-6 and 1e-5) differ by",
         f"  {record['references_differ_by']:.1e}. Pixels lie in [−1, 1].",
         "- SW: sliced Wasserstein-2 to the 360 held-out digits in 16 principal components. As many real training digits show",
-        f"  {record['floor_sliced_wasserstein']:.3f}: no sampler can be told from the data below that.",
+        f"  {record['floor_sliced_wasserstein']:.3f}: near that a sampler cannot be told from the data. (Their classes are random; the samples'",
+        "  are the held-out ones, so that they may lie a little lower.)",
         "- Accuracy: how often scikit-learn's SVC reads the class that was asked for; on held-out digits it reads "
         f"{100 * record['classifier_accuracy_held_out']:.1f} %.",
         "- NFE is counted at the network, mean a sample.",
