@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PATH_STREAM = 16
 """Random stream of Brownian paths, apart from those of priors, steps and data."""
-LOWEST, HIGHEST = -40, 80
+LOWEST, HIGHEST = -24, 80
 """Exponents of the root cells: [0, 2^LOWEST) is one cell, times reach ±2^HIGHEST."""
 DEEPEST = 24
 """Bits of a cell's address inside its root."""
@@ -369,8 +369,9 @@ class _Plan(NamedTuple):
             torch.zeros(2 * n, columns, dtype=dtype, device=state.device) for _ in range(2)
         )  # A: ∫ of w − w(piece's start)
         cell, arch = _draw_roots(self.roots, state, gamma, dtype)
-        for level in self.levels:
-            cell, arch = _halve(level, cell, arch, state, gamma)
+        normals = self._normals(state, gamma, dtype)
+        for level, (Z, N) in zip(self.levels, normals, strict=True):
+            cell, arch = _halve(level, cell, arch, Z, N)
             for take, on_left in ((level.append, False), (level.prepend, True)):
                 if take.row.numel():
                     w, k = cell[take.half], arch[take.half]
@@ -384,6 +385,17 @@ class _Plan(NamedTuple):
         W += prefix_W
         H = A.mul_((1.0 / self.length).to(dtype)).sub_(W * 0.5)
         return W.mul_(self.sign.to(dtype)), H
+
+    def _normals(self, state: Tensor, gamma: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """(Z, N)/std of every level: made together where there are few, since torch's calls then cost more than numbers."""
+        sizes = [level.code.shape[0] for level in self.levels]
+        if self.levels and sum(sizes) * state.shape[1] <= 4 * BLOCK:
+            code, sample = (torch.cat([getattr(v, k) for v in self.levels]) for k in ("code", "sample"))
+            first, second = _pairs(code, sample, state, gamma, dtype)
+            yield from zip(first.split(sizes), second.split(sizes), strict=True)
+        else:
+            for level in self.levels:
+                yield _pairs(level.code, level.sample, state, gamma, dtype)
 
     def _take_leaves(self, W: Tensor, A: Tensor, cell: Tensor, arch: Tensor) -> None:
         row, place, *scalars = self.leaf
@@ -432,9 +444,8 @@ def _draw_roots(roots: _Roots, state: Tensor, gamma: Tensor, dtype: torch.dtype)
     return W.mul_(roots.width.sqrt().to(dtype)), H.mul_((roots.width / 12.0).sqrt().to(dtype))
 
 
-def _halve(level: _Level, W: Tensor, H: Tensor, state: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """(W, H) of the halves, (2U, C) each, from those of the cells (U, C)."""
-    Z, N = _pairs(level.code, level.sample, state, gamma, W.dtype)
+def _halve(level: _Level, W: Tensor, H: Tensor, Z: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, H) of the halves, (2U, C) each, from those of the cells (U, C) and two normals each."""
     Z *= (level.width / 16.0).sqrt().to(W.dtype)
     N *= (level.width / 48.0).sqrt().to(W.dtype)  # half of N ~ N(0, h/12)
     W12, H12 = W.new_empty(2, *W.shape), H.new_empty(2, *H.shape)
