@@ -13,7 +13,7 @@ from sdeflow.processes import expand
 from sdeflow.random import standard_normal
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
 from sdeflow.solvers.control import Attempt, check_tolerances, drive, rms
-from sdeflow.solvers.stochastic import path_of
+from sdeflow.solvers.stochastic import NoDense, path_of
 from sdeflow.solvers.stochastic_clocks import Clock
 
 FRESH_STREAM = 3
@@ -66,7 +66,7 @@ class GottaGoFast(Solver):
         return drive(clock, task, stepper, self.rtol, self.atol, self.max_steps)
 
 
-class _Stepper:
+class _Stepper(NoDense):
     def __init__(self, solver: GottaGoFast, clock: Clock, path: BrownianPath, seeds: Tensor):
         self.solver, self.clock, self.path, self.seeds, self.tries = solver, clock, path, seeds, 0
 

@@ -21,7 +21,7 @@ from sdeflow.processes import expand
 from sdeflow.solution import Status
 from sdeflow.solvers import stochastic_tableaux as tableaux
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge, output_nodes
-from sdeflow.solvers.control import Attempt, check_tolerances, drive, rms
+from sdeflow.solvers.control import Attempt, Trace, check_tolerances, drive, rms
 from sdeflow.solvers.stochastic_clocks import Clock, UnitNoise
 from sdeflow.solvers.stochastic_tableaux import AdditiveTableau
 
@@ -133,7 +133,19 @@ def path_of(task: Task) -> BrownianPath:
     return path
 
 
-class PathStepper:
+class NoDense:
+    """A stepper whose states between steps cannot be had: there the path is rough, and no polynomial follows it."""
+
+    def payload(self) -> tuple[Tensor, ...]:
+        """Nothing is kept."""
+        return ()
+
+    def interpolate(self, trace: Trace, piece: Tensor, u: Tensor) -> Tensor:
+        """Refuses: ask for the times with save_at, which makes them ends of steps."""
+        raise InvalidInput("a stochastic solve has no states between its steps; write solve(..., save_at=[...])")
+
+
+class PathStepper(NoDense):
     """A one-step method under `drive`: PI control, every sample with its own step and its own stretch of its path."""
 
     safety, proportional, integral = 0.9, 0.1, 0.3

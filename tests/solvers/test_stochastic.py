@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_ornstein_uhlenbeck_against_its_exact_path():
 
 @pytest.mark.parametrize(("name", "order"), [("EulerMaruyama", 0.5), ("Milstein", 1.0), ("StochasticHeun", 1.0)])
 @pytest.mark.parametrize("noise", ["diagonal", "scalar"])
-def test_geometric_brownian_motion(name: str, order: float, noise: str):
+def test_geometric_brownian_motion(name: str, order: float, noise: Literal["diagonal", "scalar"]):
     ito = name != "StochasticHeun"
     drift = 0.5 if ito else 0.5 - 0.5 * 0.8**2
     equation = sf.Equation(
@@ -359,5 +360,5 @@ def test_what_is_refused():
         with pytest.raises(sf.InvalidInput, match=match):
             make()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        sf.ShARK(steps=3).steps = 4
+        setattr(sf.ShARK(steps=3), "steps", 4)  # noqa: B010
     assert sf.solve(equation, sf.EulerMaruyama(steps=3), x).x.shape == x.shape
