@@ -21,7 +21,7 @@ from sdeflow.charts import BoundChart, Chart, PlainTime, StraightLine
 from sdeflow.counting import CallLimitReached
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformTime
-from sdeflow.processes import as_time, expand
+from sdeflow.processes import Time, as_time, expand
 from sdeflow.solution import Status
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
 
@@ -81,7 +81,7 @@ class TorchDiffEq(Solver):
         first_step: size of the first step in the clock; default by a probe inside the interval (one evaluation).
         max_steps: attempted steps, after which samples end as MAX_STEPS.
         max_evaluations: network calls, likewise; default no limit.
-        max_order: of the Adams methods, 4…12.
+        max_order: of the Adams methods, 4…11; their start keeps the global order at 4, more only lowers the constant.
         adjoint: with `solve(..., gradients=True)`, gradients by the adjoint ODE in constant memory; its calls happen
             in backward() and are not counted.
         adjoint_params: parameters whose gradients the adjoint gives; default those of the network.
@@ -129,8 +129,8 @@ class TorchDiffEq(Solver):
             raise InvalidInput(f'norm must be "sample" or "batch"; got {self.norm!r}')
         if self.first_step is not None and not (math.isfinite(self.first_step) and self.first_step > 0):
             raise InvalidInput(f"first_step must be positive and finite; got {self.first_step!r}")
-        if not 4 <= self.max_order <= 12:
-            raise InvalidInput(f"max_order must lie in 4…12; got {self.max_order!r}")
+        if not 4 <= self.max_order <= 11:
+            raise InvalidInput(f"max_order must lie in 4…11; got {self.max_order!r}")
 
     @property
     def facts(self) -> Facts:
@@ -167,18 +167,20 @@ class TorchDiffEq(Solver):
         finally:
             watch.watching = False
         states = watch.close(states)
-        x = clock.leave(task.stop, states[-1]).to(task.x.dtype)
+        x = clock.leave(watch.times(clock), states[-1]).to(task.x.dtype)
         saved = None
         if task.save_at is not None:
             inner = [clock.leave(t, states[i + 1]).to(task.x.dtype) for i, t in enumerate(outputs)]
             if outputs and outputs[-1] == task.stop:
-                inner[-1] = torch.where(rows(watch.status == Status.SUCCESS, x), x, inner[-1])
+                inner[-1] = torch.where(rows(watch.status == Status.SUCCESS, x), x, math.nan)
             saved = torch.stack([task.x] * (task.save_at.numel() - len(outputs)) + inner)
         return Outcome(x=x, states=saved, status=watch.status, accepted=watch.accepted, rejected=watch.rejected)
 
     def _odeint(self, task: Task, watch: Watch, clock: Clock, times: Tensor, u: Tensor) -> Tensor:
         known, z, device = METHODS[self.method], watch.state, watch.state.device
         ts = u.to(as_time(0.0, device))
+        # the adjoint equation is told the times that the library has turned into increasing ones
+        way = 1.0 if self.adjoint and bool(u[-1] > u[0]) else -1.0
         options: dict[str, Any]
         if known.adaptive:
             ends = ts if self.exact_outputs else ts[-1:]
@@ -186,7 +188,7 @@ class TorchDiffEq(Solver):
             # a step that happens to end on one of step_t, rather than being cut there, makes the library forget the rest
             first = min(first, (u[-1] - u[0]).abs().item()) * (1.0 + 1e-9)
             options = {"norm": watch.norm, "first_step": first, "step_t": ends, "dtype": ts.dtype}
-            backward = {"first_step": first, "step_t": ts, "dtype": ts.dtype}
+            backward = {"first_step": first, "step_t": way * ts, "dtype": ts.dtype}
         else:
             nodes = clock.u(self._nodes(task, times))
             if self.method.endswith("adams"):
@@ -194,8 +196,9 @@ class TorchDiffEq(Solver):
             nodes = nodes.to(device)
             options = {"grid_constructor": lambda f, y, t: _between(nodes, t)}
             if self.method.endswith("adams"):
-                options["max_order"] = self.max_order
-            backward = options
+                # the library counts the explicit method's order one too high
+                options["max_order"] = self.max_order + (self.method == "explicit_adams")
+            backward = options | {"grid_constructor": lambda f, y, t: _between(way * nodes, t)}
         settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": options}
         with warnings.catch_warnings():
             # implicit_adams says that its iteration stopped at its limit: it then is a predictor-corrector of as many passes
@@ -311,8 +314,12 @@ class Clock:
         """z of the start state."""
         return x if self.bound is None else self.bound.to_chart(self.task.start, x)
 
-    def leave(self, t: float, z: Tensor) -> Tensor:
-        """x of z at time t."""
+    def t(self, u: Tensor) -> Tensor:
+        """Times at which the clock shows u."""
+        return u if self.bound is None else self.bound.t(u)
+
+    def leave(self, t: Time, z: Tensor) -> Tensor:
+        """x of z at time t, one for all or one a sample."""
         return z if self.bound is None else self.bound.from_chart(t, z)
 
     def drift(self, u: Tensor, z: Tensor) -> Tensor:
@@ -473,6 +480,14 @@ class Watch:
         self.dead = torch.ones_like(self.dead)
         void = torch.full_like(self.state, math.nan)
         return torch.stack([self.kept.get(i, void) for i in range(len(self.outputs))])
+
+    def times(self, clock: Clock) -> Time:
+        """Where each sample ended: its own time if any failed."""
+        if not bool(self.dead.any()):
+            return self.task.stop
+        u = self.first + math.copysign(1.0, self.final - self.first) * self.end
+        t = torch.where(self.end == 0.0, self.task.start, clock.t(u.clamp(self.low, self.high)))
+        return torch.where(self.dead, t, self.task.stop)
 
     def close(self, states: Tensor) -> Tensor:
         """The states at all outputs: NaN where a failed sample did not arrive, its last state as the end's."""

@@ -23,11 +23,12 @@ from torchsde._core.adaptive_stepping import update_step_size
 from torchsde._core.base_sde import ForwardSDE as LibrarySDE
 
 from sdeflow.brownian import BrownianPath
-from sdeflow.charts import Chart, LogSNR
+from sdeflow.charts import Chart, Trigonometric
 from sdeflow.counting import CallLimitReached
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
-from sdeflow.grids import Grid, InChart, Nodes, UniformTime
+from sdeflow.grids import Grid, InChart, Nodes, UniformLogSNR, UniformTime
+from sdeflow.processes import as_time
 from sdeflow.random import standard_normal
 from sdeflow.solution import Status
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
@@ -94,10 +95,10 @@ class TorchSDE(Solver):
             does not depend on the state the two are one).
         steps: number of steps; of the first step with adaptive=True (default there: 100).
         dt: step in the clock, in place of steps.
-        grid: a rule for placing the steps, or the times themselves; default uniform in the chart's clock.
+        grid: a rule for placing the steps, or the times themselves; default uniform in λ on diffusion equations, else in t.
         adaptive: choose the steps by rtol, atol; three times the calls a step.
         rtol, atol: tolerances of z, adaptive only.
-        chart: None for `LogSNR()` on diffusion equations and t on all others; `PlainTime()` for t on all.
+        chart: None for `Trigonometric()` on diffusion equations and t on all others; `PlainTime()` for t on all.
         max_steps: attempted steps of an adaptive solve, after which samples end as MAX_STEPS.
         max_evaluations: network calls, likewise; default no limit.
 
@@ -362,12 +363,13 @@ class _Run:
     """
 
     def __init__(self, solver: TorchSDE, task: Task):
-        self.solver, self.task, self.chart = solver, task, solver.chart or LogSNR()
+        self.solver, self.task, self.chart = solver, task, solver.chart or Trigonometric()
         self.outputs = [] if task.save_at is None else task.save_at.tolist()
         self.status, self.accepted, self.rejected = task.constant(0), task.constant(0), task.constant(0)
         self.dead = torch.zeros_like(self.status, dtype=torch.bool)
         self.saved: dict[float, Tensor] = {}
-        self.clock, self.t = Clock(task, None), task.start
+        self.clock = Clock(task, None)
+        self.t = torch.full(self.dead.shape, task.start, dtype=as_time(0.0, task.x.device).dtype, device=task.x.device)
         # half-precision states are summed in float32; the network sees their own dtype
         self.y = task.x.flatten(1).to(task.x.dtype if task.x.dtype.itemsize >= 4 else torch.float32)
 
@@ -410,8 +412,9 @@ class _Run:
                 return torch.cat([head, head.new_tensor([start])]), True
             # the jump is one of the steps
             steps = None if steps is None else max(1, steps - 1)
-        if grid is None:
-            grid = UniformTime() if predict is None else InChart(self.chart)
+        if grid is None and predict is not None:
+            grid = UniformLogSNR() if solver.dt is None else InChart(self.chart)
+        grid = UniformTime() if grid is None else grid
         assert isinstance(grid, Grid)
         if solver.dt is not None:
             ends = Clock.of(replace(task, start=start), self.chart).u(head.new_tensor([start, task.stop]))
@@ -445,17 +448,17 @@ class _Run:
                 f"the grid does not move one way in the clock of {self.chart!r}; write another grid or chart"
             )
         self.y = clock.enter(self.y.reshape(task.x.shape)).flatten(1)
-        self.clock = clock
+        self.clock, self.t = clock, torch.full_like(self.t, task.start)
         method = self._method(task, clock, sign, s)
         if self.solver.adaptive:
-            self._choose_steps(method, s, nodes)
+            self._choose_steps(method, s, sign, nodes)
             return
         for n, t in enumerate(nodes[1:].tolist()):
             y, _ = method.step(s[n], s[n + 1], self.y, ())
             self._arrive(y, t)
             self._tell((n + 1) / (nodes.numel() - 1))
 
-    def _choose_steps(self, method: Any, s: Tensor, nodes: Tensor) -> None:
+    def _choose_steps(self, method: Any, s: Tensor, sign: float, nodes: Tensor) -> None:
         """torchsde's adaptive rule: one step against two halves."""
         solver, at, h = self.solver, s[0], (s[1] - s[0]).item()
         ends = torch.isin(nodes, torch.tensor([*self.outputs, self.task.stop], dtype=torch.float64))
@@ -490,7 +493,7 @@ class _Run:
                     continue
                 h = max(h, proposed) if cut else proposed
                 at = to
-                self._arrive(half, t if cut else None)
+                self._arrive(half, t if cut else self.clock.t(sign * at).item(), cut)
                 self._tell(((at - s[0]) / (s[-1] - s[0])).item())
 
     @torch.no_grad()
@@ -505,18 +508,19 @@ class _Run:
         z = self.y.reshape(self.task.x.shape)
         return self.clock.leave(self.t, z).to(self.task.x.dtype)
 
-    def _arrive(self, y: Tensor, t: float | None) -> None:
-        """The samples step to y; those for which it is not finite stay, and fail. t: the time, where it is a node."""
+    def _arrive(self, y: Tensor, t: float, node: bool = True) -> None:
+        """The samples step to y at t; those for which it is not finite stay, and fail."""
         self.accepted += ~self.dead
         bad = ~finite_rows(y) & ~self.dead
         self._bury(bad)
         self.accepted -= bad.long()
         self.y = torch.where(self.dead[:, None], self.y, y)
-        if t is not None:
-            self.t = t
+        self.t = torch.where(self.dead, self.t, t)
+        if node:
             self._reached(t)
 
     def _bury(self, bad: Tensor) -> None:
+        """Samples that fail now stay where they are."""
         self.status = torch.where(bad & ~self.dead, int(Status.NON_FINITE), self.status)
         self.dead = self.dead | bad
         if bool(self.dead.all()):
