@@ -375,8 +375,10 @@ class Watch:
         if self.memo is not None and self.memo[0] is z:
             f, self.memo = self.memo[1], None  # the probe's own call at the start
             return f
-        # the library rounds times to the state's precision, which may lie outside the interval
-        u = as_time(u.detach(), z.device).clamp(self.low, self.high)
+        u = as_time(u.detach(), z.device)
+        if z.dtype != torch.float64:
+            # the library rounds times to the state's precision, which may lie outside the interval
+            u = u.clamp(self.low, self.high)
         f = self.clock.drift(u, torch.where(rows(self.dead, z), self.last.nan_to_num(0.0, 0.0, 0.0), z))
         bad = ~finite_rows(f) & ~self.dead
         if not self.watching:
