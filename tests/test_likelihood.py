@@ -42,14 +42,14 @@ def test_exact_divergence_gives_the_exact_density(problem, process):
     found = sf.log_likelihood(
         problem.prediction(process, "noise"),
         x,
-        RK4(steps=160),
+        RK4(steps=240),
         chart=sf.StraightLine(problem.data_scale),
         prior=exact_prior(problem, process),
     )
     exact = problem.log_prob(x, process, process.t_min)
     torch.testing.assert_close(found.log_prob, exact, rtol=0, atol=1e-5)
     assert found.standard_error.tolist() == [0.0] * 8
-    assert found.solution.evaluations.tolist() == [640] * 8
+    assert found.solution.evaluations.tolist() == [960] * 8
 
 
 @pytest.mark.parametrize("chart", [sf.Trigonometric(0.7), sf.LogSNR(), sf.PlainTime()], ids=lambda c: type(c).__name__)

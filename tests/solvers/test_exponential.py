@@ -167,3 +167,36 @@ def test_other_settings_are_refused_with_the_line_to_write():
             wrong()
     with pytest.raises(sf.InvalidInput, match="eta=0.5"):
         end(sf.DDIM(steps=3, eta=0.5), equation=reverse(1.0))
+
+
+@pytest.mark.parametrize("grid", [sf.UniformLogSNR(), sf.UniformTime()], ids=repr)
+def test_ddim_at_eta_one_is_ddpm_with_the_posterior_variance(grid):
+    process = sf.DiscreteVP.linear()
+    equation = sf.ReverseSDE(sf.problems.ring().prediction(process))
+    x = process.prior((16, 2), dtype=torch.float64)
+    ddim = sf.solve(equation, sf.DDIM(steps=25, eta=1.0, grid=grid), x, seed=3).x
+    ddpm = sf.solve(equation, sf.DDPM(steps=25, variance="small", grid=grid), x, seed=3).x
+    assert (ddim - ddpm).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **k: sf.DDIM(eta=1.0, **k), sf.DDPM, lambda **k: sf.DDPM(variance="large", **k)]
+)
+def test_one_ancestral_step_is_the_textbook_s(make):
+    # a = ᾱ_t/ᾱ_p, β = 1 − a: mean √ᾱ_p β/(1−ᾱ_t) x̂_0 + √a (1−ᾱ_p)/(1−ᾱ_t) x_t, variance β̃ = (1−ᾱ_p)/(1−ᾱ_t) β or β
+    process, t, p = sf.DiscreteVP.linear(), 600.0, 450.0
+    problem = sf.problems.ring()
+    equation = sf.ReverseSDE(problem.prediction(process))
+    x = process.prior((4000, 2), dtype=torch.float64)
+    bar_t, bar_p = (process.alpha(s).item() ** 2 for s in (t, p))
+    a, beta = bar_t / bar_p, 1.0 - bar_t / bar_p
+    data = problem.denoise(x, process, t)
+    mean = bar_p**0.5 * beta / (1.0 - bar_t) * data + a**0.5 * (1.0 - bar_p) / (1.0 - bar_t) * x
+    solver = make(grid=[t, p])
+    noise = sf.solve(equation, solver, x, start=t, stop=p, seed=7).x - mean
+    variance = beta if getattr(solver, "variance", "small") == "large" else (1.0 - bar_p) / (1.0 - bar_t) * beta
+    # 8000 squared normals: six standard errors, a false alarm in 5e8
+    assert abs(noise.square().mean().item() / variance - 1.0) < 6.0 * math.sqrt(2.0 / noise.numel())
+    # the same path moves every state by the same amount, so the mean is met to rounding
+    again = sf.solve(equation, solver, x.flip(0), start=t, stop=p, seed=7).x - mean.flip(0)
+    assert (again - noise).abs().max() < 1e-10
