@@ -100,6 +100,11 @@ class DiscreteVP(Process):
         theta, slope = self._spline(as_time(t))
         return theta.cos() * slope
 
+    def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        theta, slope = self._spline(as_time(t))
+        cos, sin = theta.cos(), theta.sin()
+        return cos.clamp_min(0.0), sin, -sin * slope, cos * slope
+
     def time(self, half_log_snr: Time) -> Tensor:
         lam = as_time(half_log_snr)
         target = torch.atan((-lam).exp())
