@@ -96,10 +96,12 @@ def mixture():
 
 
 def test_strong_order_of_the_exponential_scheme_on_a_mixture(mixture):
-    x, path, equation = mixture
+    # single doublings read 1.4 to 1.55 however many samples there are; four of them and 800 samples settle the slope
+    equation = mixture[2]
+    x, path = VP.prior((800, 2), dtype=F64), sf.BrownianPath(sf.sample_seeds(4, 800), (2,), dtype=F64)
     make = lambda n: sf.ExponentialShARK(steps=n, c=0.8)  # noqa: E731
-    reference = sf.solve(equation, make(1024), x, path=path).x
-    errors, order = observed(equation, make, reference, x, (16, 32, 64, 128), path)
+    reference = sf.solve(equation, make(2048), x, path=path).x
+    errors, order = observed(equation, make, reference, x, (16, 32, 64, 128, 256), path)
     assert order >= 1.45 and errors[0] < 5e-3, (errors, order)
 
 
