@@ -8,7 +8,7 @@ from sdeflow.brownian import BrownianPath
 from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
-from sdeflow.grids import Discrete, InChart, Karras, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
+from sdeflow.grids import Discrete, InChart, Karras, Multiscale, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
 from sdeflow.guidance import ClassifierFree, ClassifierGuidance, Inpaint
 from sdeflow.likelihood import Likelihood, bits_per_dim, decode, encode, log_likelihood
 from sdeflow.networks import Checkpointed, Conditioned
@@ -44,6 +44,7 @@ from sdeflow.solvers.stochastic import (
     ShARK,
     StochasticHeun,
 )
+from sdeflow.solvers.stochastic_adams import StochasticAdams
 from sdeflow.solvers.torchdiffeq import TorchDiffEq
 from sdeflow.solvers.torchsde import TorchSDE, as_torchsde
 from sdeflow.tune import tune
@@ -94,6 +95,7 @@ __all__ = [
     "LogSNR",
     "Milstein",
     "MissingDependency",
+    "Multiscale",
     "Nodes",
     "NoisePrediction",
     "PlainTime",
@@ -114,6 +116,7 @@ __all__ = [
     "Solution",
     "SolveFailed",
     "Status",
+    "StochasticAdams",
     "StochasticHeun",
     "StraightLine",
     "SubVP",

@@ -130,6 +130,51 @@ class Karras(Grid):
 
 
 @dataclass(frozen=True)
+class Multiscale(Grid):
+    """Uniform in λ where σ/α lies between two scales of the data, coarser and regular beyond, also at σ = 0 and α = 0.
+
+    Uniform in u(ρ) = asinh(ρ/low) − asinh(high/ρ) − ln ρ, ρ = σ/α, for which −du/dλ = (1 + low²/ρ²)^{−½} + (1 + ρ²/high²)^{−½} − 1:
+    1 between the scales, high/ρ above, ρ/low below. On data of scales log-uniform in [low, high] the denoiser of an axis is a
+    function of λ + log(scale) alone, so even steps in λ make even errors. One scale alone is what `InChart(Trigonometric(c))` is for.
+
+    Args:
+        low: smallest scale to resolve, as a standard deviation; well below the finest detail of the data.
+        high: the largest, about twice the data's standard deviation.
+    """
+
+    low: float = 0.005
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.low < self.high < float("inf"):
+            raise InvalidInput(
+                f"Multiscale needs 0 < low < high; got {self.low} and {self.high}. Write Multiscale(0.005, 2.0)"
+            )
+
+    def clock(self, lam: Tensor) -> Tensor:
+        """−u at λ (float64, ±∞ included), growing with λ."""
+        # asinh(ρ/low) − ln ρ and asinh(high/ρ) + ln ρ are finite at ρ = ∞ and at ρ = 0 respectively; both from e^{−|λ|}
+        rho, inverse = (-lam).exp(), lam.exp()
+        above = ((1.0 / self.low) + (1.0 / self.low**2 + inverse**2).sqrt()).log() - (self.high * inverse).asinh()
+        below = (rho / self.low).asinh() - (self.high + (self.high**2 + rho**2).sqrt()).log()
+        return -torch.where(lam < 0.0, above, below)
+
+    def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
+        process = _need(process, self)
+        ends = process.half_log_snr(torch.tensor([start, stop], dtype=torch.float64))
+        first, last = self.clock(ends).tolist()
+        u = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+        # u is between two straight lines in λ; 64 halvings reach the last bit
+        low = torch.full_like(u, min(-60.0, *(v for v in ends.tolist() if v > -float("inf"))))
+        high = torch.full_like(u, max(60.0, *(v for v in ends.tolist() if v < float("inf"))))
+        for _ in range(64):
+            middle = 0.5 * (low + high)
+            above = self.clock(middle) > u
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return process.time(0.5 * (low + high))
+
+
+@dataclass(frozen=True)
 class Power(Grid):
     """Uniform in t^{1/power}; power = 2 is the quadratic grid of DDIM and DEIS."""
 

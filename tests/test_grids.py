@@ -73,3 +73,24 @@ def test_steps_are_positive_integers(steps):
 def test_process_grids_need_a_process():
     with pytest.raises(sf.InvalidInput, match="UniformTime"):
         sf.Karras().times(None, 1.0, 0.1, 4)
+
+
+def test_multiscale_has_the_density_of_its_formula_and_reaches_both_ends():
+    low, high = 0.05, 2.0
+    grid, process = sf.Multiscale(low, high), sf.RectifiedFlow()
+    times = grid.times(process, 1.0, 0.0, 4000)
+    rho = process.rho(times)
+    assert rho[0] == float("inf") and rho[-1] == 0.0
+    lam = process.half_log_snr(times)[1:-1]
+    got = lam.diff().reciprocal()
+    middle = (-0.5 * (lam[1:] + lam[:-1])).exp()
+    density = (1 + (low / middle) ** 2) ** -0.5 + (1 + (middle / high) ** 2) ** -0.5 - 1
+    inside = (middle > 1e-2) & (middle < 10)
+    torch.testing.assert_close(
+        (got / density)[inside], (got / density)[inside].mean().expand(int(inside.sum())), rtol=1e-3, atol=0
+    )
+
+
+def test_multiscale_refuses_scales_out_of_order():
+    with pytest.raises(sf.InvalidInput, match="low < high"):
+        sf.Multiscale(2.0, 0.5)

@@ -17,10 +17,10 @@ PUBLIC = {
     "networks": "Checkpointed ClassifierFree ClassifierGuidance Conditioned Inpaint",
     "equations": "Equation ForwardSDE ProbabilityFlowODE ReverseSDE",
     "charts": "LogSNR PlainTime SNRTime StraightLine Trigonometric",
-    "grids": "Discrete InChart Karras Nodes Power Quadratic UniformLogSNR UniformTime",
+    "grids": "Discrete InChart Karras Multiscale Nodes Power Quadratic UniformLogSNR UniformTime",
     "solvers": (
         "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta "
-        "SASolver TorchDiffEq TorchSDE Tsit5 UniPC as_torchsde"
+        "SASolver StochasticAdams TorchDiffEq TorchSDE Tsit5 UniPC as_torchsde"
     ),
     "solvers on paths": "EulerMaruyama ExponentialShARK GottaGoFast Milstein SEA SOSRA SRA1 SRA2 SRA3 ShARK StochasticHeun",
     "solving": "BrownianPath Solution Status sample_seeds solve tune",

@@ -13,6 +13,7 @@ from sdeflow.measure.errors import (
     sliced_wasserstein,
     sliced_wasserstein_estimate,
 )
+from sdeflow.measure.propagation import Moments, exact_moments
 from sdeflow.measure.record import Record, describe, run_key
 from sdeflow.measure.reference import Reference, reference
 from sdeflow.measure.run import Truth, compare, exact_samples, measure, prepare, strong_error
@@ -20,6 +21,7 @@ from sdeflow.measure.statistics import Estimate, bootstrap
 
 __all__ = [
     "Estimate",
+    "Moments",
     "Record",
     "Reference",
     "Truth",
@@ -28,6 +30,7 @@ __all__ = [
     "describe",
     "energy_distance",
     "energy_distance_estimate",
+    "exact_moments",
     "exact_samples",
     "measure",
     "moment_deviation",

@@ -41,22 +41,24 @@ class Scheme:
         form: "data": F = D; "noise": F = ε̂ (ODE only).
         predictor: nodes of the polynomial that predicts, the newest at the step's start.
         corrector: old nodes of the polynomial that corrects, beside the predicted one; 0 for none.
-        clock: variable of the polynomials: "lambda", "rho", "t" or "share".
+        clock: variable of the polynomials: "lambda", "rho", "t" or "share", or a function of λ.
         simple: None for the exact integrals throughout; "bh2" or "bh1" for half of B = W (the whole weight) or of
             B = W·h/(1 − e^{−h}) on the first difference where two nodes are used, as DPM-Solver++ and UniPC have it.
         strengths: the noise.
         own_start: start-up steps of the method's own order, instead of fewer nodes at first.
         lower_order_final: fewer nodes at last.
+        look: θ, how far the network looks ahead along the noise, see `_looks`; 0 for not at all.
     """
 
     form: Form = "data"
     predictor: int = 1
     corrector: int = 0
-    clock: str = "lambda"
+    clock: str | Callable[[Array], Array] = "lambda"
     simple: Literal["bh1", "bh2"] | None = None
     strengths: Strengths = lambda s, t: FLOW
     own_start: bool = True
     lower_order_final: bool = False
+    look: float = 0.0
 
     @property
     def order(self) -> int:
@@ -96,27 +98,29 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
         exact, blind = linear_data(s, t, strength.decay(s.lam, t.lam)), False
     p, c = _orders(scheme, points, strength.noisy, blind)
     clock_of = strength if strength.clock is None else strength.clock
-    normals = path_normals(task, points, clock_of) if strength.noisy else None
-    if not c.any() and bool((p == 1).all()) and not blind:
+    looking = bool(scheme.look) and strength.noisy
+    normals = path_normals(task, points, clock_of, looking) if strength.noisy else None
+    if not looking and not c.any() and bool((p == 1).all()) and not blind:
         calls = _evaluations(task, s.t, np.full(steps, float(scheme.form == "noise")))
         return Plan.one_step(calls, exact.A, exact.W, exact.noise, normals)
     infinite = not (bool(np.isfinite(s.lam).all()) or blind)
     clock = "share" if infinite and scheme.clock in ("lambda", "rho") else scheme.clock
-    weigh = _Weigher(scheme, points, exact, clocks(process, clock), clock)
+    weigh = _Weigher(scheme, points, exact, clock if callable(clock) else clocks(process, clock), clock)
     predict, correct = weigh.all(p, 0), weigh.all(np.append(0, c[:-1]), 1)
 
     A, noise = exact.A.tolist(), exact.noise.tolist()
     at = _Calls(points)
+    looks, every = (_looks(exact, scheme.look), 2) if looking else ([()] * steps, 1)
     plan: list[list[Stage]] = []
     for n in range(steps):
         e = at.node(n)
         if p[n] < 0:
             plan.append(_start(scheme.form, _START[-p[n]], process, points, n, at))
             continue
-        ahead = Stage(e, A[n], _terms(at, predict[n], n), noise[n], n)
+        ahead = Stage(e, A[n], _terms(at, predict[n], n), noise[n], every * n, look=looks[n])
         if n and c[n - 1]:
-            back = Stage(e, A[n - 1], _terms(at, correct[n], n), noise[n - 1], n - 1, anchor=False)
-            plan.append([back, ahead._replace(at=None)])
+            back = Stage(e, A[n - 1], _terms(at, correct[n], n), noise[n - 1], every * (n - 1), False, looks[n])
+            plan.append([back, ahead._replace(at=None, look=())])
         else:
             plan.append([ahead])
     q = np.full(len(at.t), float(scheme.form == "noise"))
@@ -134,8 +138,38 @@ def _evaluations(task: Task, t: Array, q: Array) -> Evaluations:
     return Evaluations(task, torch.from_numpy(t), 1.0 - want, want)
 
 
-def path_normals(task: Task, points: Points, strength: Strength) -> Normals:
-    """The steps' normals from a Brownian path M in the clock τ = e^{2∫η²dλ}.
+LOOK = 24.0**-0.5
+"""θ of `_looks`: the variance of a linear equation is then of order 3 and more."""
+
+
+def _looks(exact: Linear, theta: float) -> list[tuple[tuple[float, int], ...]]:
+    """Where the network is called: at x_n + Σ c z, a point of x_n's own law that follows the noise more smoothly.
+
+    The noise s_{n−1}z_{n−1} of the step behind is in x_n, that of the step ahead, s_n z_n, is A_n times ŝ = s_n/A_n at x_n.
+    With r = ŝ²/s² (s = s_{n−1}), a = θ√r, b = θ/√r and ζ_n a normal of its own
+
+        x̃_n = x_n − a s z_{n−1} + b ŝ z_n + √v ζ_n,    v = (2a − a²) s² − b² ŝ²,
+
+    so that x̃_n and x_n are equal in law up to O(h²) and no nonlinear mean is moved. On dx = κ(u)x du + g(u)dw a method of order
+    three or more makes the variance at the end wrong by h²(1/12 − 2θ²)∫κ²g²G²du and a term of the end (G the response to an
+    impulse), which is what the jumps of the noise do in the history; hence θ² = 1/24.
+    Where steps change much a is cut to ½ and to 2r/(1 + r), beyond which v < 0. docs/weak.md has the derivation.
+    """
+    s, ahead = exact.noise[:-1], exact.noise[1:]
+    found: list[tuple[tuple[float, int], ...]] = [()]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hat = np.where(ahead > 0.0, ahead / exact.A[1:], 0.0)
+        r = (hat / s) ** 2
+        a = np.minimum(np.minimum(theta * np.sqrt(r), 0.5), 2.0 * r / (1.0 + r))
+        b = np.where(a > 0.0, a / r, 0.0)
+    v = np.maximum((2.0 * a - a**2) * s**2 - (b * hat) ** 2, 0.0)
+    for n, row in enumerate(zip((-a * s).tolist(), (b * hat).tolist(), np.sqrt(v).tolist(), strict=True), 1):
+        found.append(tuple((c, k) for c, k in zip(row, (2 * n - 2, 2 * n, 2 * n + 1), strict=True) if c))
+    return found
+
+
+def path_normals(task: Task, points: Points, strength: Strength, areas: bool = False) -> Normals:
+    """The steps' normals from a Brownian path M in the clock τ = e^{2∫η²dλ}; with `areas` two a step.
 
     The noise of the exact step is σ_t e^{−E_t} (M(τ_t) − M(τ_s)) with E = ∫η²dλ from λ = 0, so the path belongs to the
     equation and not to the grid. A step to σ = 0 draws nothing.
@@ -143,8 +177,8 @@ def path_normals(task: Task, points: Points, strength: Strength) -> Normals:
     lam = points.lam[: len(points) - (points.sigma[-1] == 0.0)]
     double = 2.0 * strength.decay(np.zeros_like(lam), lam)
     if len(lam) < 2 or double.max() > LARGEST:
-        return Normals(task, len(points) - 1)
-    return PathNormals(task, torch.from_numpy(np.exp(double)))
+        return Normals(task, (len(points) - 1) * (1 + areas))
+    return PathNormals(task, torch.from_numpy(np.exp(double)), areas)
 
 
 LARGEST = 55.0
@@ -205,7 +239,7 @@ def _orders(scheme: Scheme, points: Points, noisy: bool, blind: bool) -> tuple[A
 class _Weigher:
     """Weights of the polynomial through the last nodes, for many steps at once."""
 
-    def __init__(self, scheme: Scheme, points: Points, exact: Linear, clock: Callable[[Array], Array], name: str):
+    def __init__(self, scheme: Scheme, points: Points, exact: Linear, clock: Callable[[Array], Array], name: object):
         self.scheme, self.points, self.exact, self.clock = scheme, points, exact, clock
         self.simple = scheme.simple if name == "lambda" else None
         with np.errstate(over="ignore"):

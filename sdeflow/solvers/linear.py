@@ -8,6 +8,7 @@ W and a/b into one fused multiply-add, so that a step is the network call and a 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Stage(NamedTuple):
         noise: s, 0 for none.
         draw: number of the normal z; the same number is the same normal.
         anchor: whether x (before the combination) becomes the anchor.
+        look: (c, draw) pairs: the network is called at x + Σ c·z_draw, and F is what it says there.
     """
 
     at: int | None
@@ -48,6 +50,7 @@ class Stage(NamedTuple):
     noise: float = 0.0
     draw: int = 0
     anchor: bool = True
+    look: Sequence[tuple[float, int]] = ()
 
 
 class Evaluations:
@@ -101,18 +104,23 @@ class Normals:
     """Standard normals z_0, z_1, … of one solve, made a few steps at a time: z_k of a sample depends on its seed and k."""
 
     def __init__(self, task: Task, draws: int):
-        self._x, self._draws = task.x, draws
         self._seeds = task.seeds if task.seeds is not None else task.path.seeds
-        self._ahead = max(1, min(draws, CHUNK_ELEMENTS // task.x.numel()))
-        self._first, self._block = 0, ()
+        self._prepare(task, draws)
+
+    def _prepare(self, task: Task, draws: int) -> None:
+        self._x, self._draws = task.x, draws
+        self._ahead = 2 * max(1, min(draws, CHUNK_ELEMENTS // task.x.numel()) // 2)
+        self._held: dict[int, Sequence[Tensor]] = {}
 
     def __call__(self, k: int) -> Tensor:
         """z_k, shape and dtype of the state."""
-        place = k - self._first
-        if not 0 <= place < len(self._block):
-            self._first, self._block = k, self._make(k, min(self._ahead, self._draws - k))
-            place = 0
-        return self._block[place]
+        block, place = divmod(k, self._ahead)
+        if block not in self._held:
+            if len(self._held) > 1:  # two are kept, for steps that look back at the draw before theirs
+                self._held.pop(min(self._held))
+            first = block * self._ahead
+            self._held[block] = self._make(first, min(self._ahead, self._draws - first))
+        return self._held[block][place]
 
     def _make(self, first: int, n: int) -> Sequence[Tensor]:
         x, seeds = self._x, self._seeds
@@ -127,10 +135,13 @@ class PathNormals(Normals):
     """z_k = (M(τ_{k+1}) − M(τ_k))/√|τ_{k+1} − τ_k|: the normals of a Brownian path M on a clock τ.
 
     Solvers with one seed and one clock then see one path, however they step.
+
+    Args:
+        areas: two normals an interval, z_2k as above and z_{2k+1} = √12 H_k/√|τ_{k+1} − τ_k| of its space-time Lévy area.
     """
 
-    def __init__(self, task: Task, tau: Tensor):
-        self._x, self._draws, self._tau = task.x, tau.numel() - 1, tau
+    def __init__(self, task: Task, tau: Tensor, areas: bool = False):
+        self._tau, self._areas = tau, areas
         self._path = task.path
         if task.path is None:
             assert task.seeds is not None
@@ -138,15 +149,21 @@ class PathNormals(Normals):
                 task.seeds, task.x.shape[1:], torch.promote_types(task.x.dtype, torch.float32), task.x.device
             )
         self._unit = tau.diff().abs().rsqrt().tolist()
-        self._ahead = max(1, min(self._draws, CHUNK_ELEMENTS // task.x.numel()))
-        self._first, self._block = 0, ()
+        self._prepare(task, (tau.numel() - 1) * (1 + areas))
 
     def _make(self, first: int, n: int) -> Sequence[Tensor]:
-        W, _ = self._path.increments(self._tau[first : first + n + 1])
-        return [(w * unit).to(self._x.dtype) for w, unit in zip(W, self._unit[first:], strict=False)]
+        if self._areas:
+            first, n = first // 2, n // 2
+        W, H = self._path.increments(self._tau[first : first + n + 1])
+        dtype, made = self._x.dtype, []
+        for w, area, unit in zip(W, H, self._unit[first:], strict=False):
+            made.append((w * unit).to(dtype))
+            if self._areas:
+                made.append((area * (unit * math.sqrt(12.0))).to(dtype))
+        return made
 
 
-Folded = tuple["int | None", float, Sequence[tuple[int, float]], float, int, bool]
+Folded = tuple["int | None", float, Sequence[tuple[int, float]], float, int, bool, Sequence[tuple[float, int]]]
 """A stage whose (evaluation, W) are (place in memory counted from the newest, W·b)."""
 
 
@@ -185,7 +202,7 @@ class Plan:
         scale, plan.ratio = (A + b * calls.ratio).tolist(), [0.0] * len(A)
         s = [0.0] * len(A) if noise is None else noise.tolist()
         plan.steps = [
-            [(n, a, ((-1, w),), z, n, True)] for n, (a, w, z) in enumerate(zip(scale, b.tolist(), s, strict=True))
+            [(n, a, ((-1, w),), z, n, True, ())] for n, (a, w, z) in enumerate(zip(scale, b.tolist(), s, strict=True))
         ]
         return plan
 
@@ -200,7 +217,7 @@ class Plan:
                     uses[i] += 1
         for stages in steps:
             done: list[Folded] = []
-            for at, scale, terms, noise, draw, anchor in stages:
+            for at, scale, terms, noise, draw, anchor, look in stages:
                 if at is not None:
                     newest = at
                 places = []
@@ -208,10 +225,10 @@ class Plan:
                     if w != 0.0:
                         places.append((i - newest - 1, w * weight[i]))
                         longest = max(longest, newest + 1 - i)
-                if at is not None and anchor and uses[at] == 1 and places and places[0][0] == -1:
+                if at is not None and anchor and not look and uses[at] == 1 and places and places[0][0] == -1:
                     scale += places[0][1] * ratio[at]
                     ratio[at] = 0.0
-                done.append((at, scale, places, noise, draw, anchor))
+                done.append((at, scale, places, noise, draw, anchor, look))
             folded.append(done)
         return folded, longest
 
@@ -231,9 +248,11 @@ class LinearMethod(FixedStep):
 
     def step(self, task: Task, state: Plan, n: int, x: Tensor) -> tuple[Tensor, Plan]:
         memory, calls, ratios = state.memory, state.calls, state.ratio
-        for at, scale, terms, noise, draw, anchor in state.steps[n]:
+        for at, scale, terms, noise, draw, anchor, look in state.steps[n]:
             if anchor:
                 state.anchor = x
+            for c, k in look:
+                x = x.add(state.normals(k), alpha=c)  # type: ignore[misc]
             if at is not None:
                 output = calls.call(x if calls.scales is None else x * calls.scales[at], calls.rows[at])
                 ratio = ratios[at]

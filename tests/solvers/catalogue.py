@@ -78,6 +78,10 @@ CASES: dict[str, Case] = {
     "sa-p2c2": Case(lambda **k: sf.SASolver(predictor=2, corrector=2, **k), eta=1.3, surplus=0.5),
     "sa-p3c3": Case(sf.SASolver, eta=1.0),
     "sa-varying": Case(lambda **k: sf.SASolver(eta=lambda lam: 1.0 + 0.5 * np.tanh(lam), **k), eta=1.0, own_noise=True),
+    # looking ahead it is of order 3 and more on linear equations, which test_stochastic_adams.py sees to
+    "stochastic-adams": Case(sf.StochasticAdams, eta=1.0, steps=(320, 640, 1280), surplus=3.0),
+    "stochastic-adams-at": Case(lambda **k: sf.StochasticAdams(look_ahead=False, **k), eta=0.7, steps=(320, 640, 1280)),
+    "stochastic-adams-p4c4": Case(lambda **k: sf.StochasticAdams(predictor=4, corrector=4, **k), eta=0.5, surplus=3.0),
     "ddpm-small": Case(sf.DDPM, eta=1.0),
     "ddpm-large": Case(lambda **k: sf.DDPM(variance="large", **k), eta=1.0),
     "fixed-adams-2": Case(lambda **k: sf.FixedAdams(order=2, **k), surplus=0.3),

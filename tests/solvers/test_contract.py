@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import math
 
 import pytest
 import torch
-from catalogue import CASES, FLOW, NOISY, Case
+from catalogue import CASES, FLOW, NOISY
 
 import sdeflow as sf
-import sdeflow.solvers.linear
-from sdeflow.brownian import BrownianPath
+from sdeflow.measure import exact_moments
 from sdeflow.problems.mixture import Mixture
 from sdeflow.problems.problem import Problem
 from sdeflow.solvers.base import FixedStep, Solver
@@ -50,52 +48,20 @@ def test_global_order_on_the_flow(name, problem, truth):
     assert claim - 0.2 <= slope(*errors) <= claim + (case.surplus if problem == "gaussian" else 0.2), errors
 
 
-def unit_noise(seeds, shape, index=0, stream=0, dtype=None, device=None):
-    """z_k is 1 for the sample whose seed is k, 0 for the others: with an affine network each row is one column of the map."""
-    return (index == seeds).to(dtype).reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
-
-
-class UnitPath(BrownianPath):
-    """The same for the increments of a path: the k-th interval asked for is √|t − s| for the sample of seed k alone."""
-
-    known: dict
-
-    def increments(self, grid):
-        pairs = list(itertools.pairwise(grid.tolist()))
-        k = torch.tensor([self.known.setdefault(pair, len(self.known)) for pair in pairs])
-        unit = (k[:, None] == self.seeds).to(F64) * grid.diff().abs().sqrt()[:, None]
-        W = unit[:, :, None].expand(-1, -1, *self.shape)
-        return W, torch.zeros_like(W)
-
-
-def propagated(case: Case, steps: int, process: sf.Process, mean: torch.Tensor, cov: torch.Tensor):
-    """Exact mean and per-axis variances of the solver's own law on Gaussian data with independent axes: no Monte Carlo."""
-    draws = steps + 2 if case.facts.name != "Restart" else 16
-    x = mean.expand(draws + 2, -1).clone()
-    x[1] += cov.diag().sqrt()
-    path = UnitPath([-1, -1, *range(draws)], x.shape[1:], F64)
-    path.known = {}
-    equation = sf.ReverseSDE(WEAK.prediction(process), eta=case.eta)
-    y = sf.solve(equation, case(steps), x, path=path).x
-    assert torch.equal(y[-1], y[0]), "more draws than rows"
-    return y[0], (y[1:] - y[0]).square().sum(0)
-
-
 WEAK = sf.problems.gaussian(mean=[0.8, -0.5, 0.0], std=[0.25, 0.6, 1.5])
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_weak_order_by_exact_propagation(name, monkeypatch):
-    monkeypatch.setattr(sdeflow.solvers.linear, "standard_normal", unit_noise)
+def test_weak_order_by_exact_propagation(name):
     case = NOISY[name]
     mean, cov = WEAK.moments(VP, VP.t_max)
     if not case.own_noise:  # the law away from the marginals is the equation's only if the noise is
         mean, cov = mean + 0.3, 1.4 * cov
     exact_mean, exact_cov = WEAK.reverse_moments(VP, case.eta, mean=mean, cov=cov)
-    errors = []
+    equation, errors = sf.ReverseSDE(WEAK.prediction(VP), eta=case.eta), []
     for steps in case.steps[1:]:
-        got_mean, got_var = propagated(case, steps, VP, mean, cov)
-        errors.append(torch.cat([got_mean - exact_mean, got_var - exact_cov.diag()]).norm().item())
+        got = exact_moments(equation, case(steps), mean, cov)
+        errors.append(torch.cat([got.mean - exact_mean, (got.cov - exact_cov).diag()]).norm().item())
     claim = case.facts.weak
     assert claim - 0.2 <= slope(*errors) <= claim + case.surplus, errors
 

@@ -1,0 +1,129 @@
+"""Stochastic Adams: its variance errors fall with the order claimed, and where it looks has the law of where it is."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sdeflow as sf
+from sdeflow.measure import exact_moments
+from sdeflow.solvers.exponential_steps import LOOK, _looks
+from sdeflow.solvers.exponential_weights import Linear
+
+F64 = torch.float64
+VP = sf.VP(t_min=1e-2)
+# an axis at every place of the transition, so that no sign change of one axis's error passes for an order
+SPREAD = sf.problems.gaussian(mean=0.0, std=torch.logspace(-0.6, 0.2, 8, dtype=F64))
+
+
+def variance_errors(solver, eta=1.0, problem=SPREAD, process=VP):
+    mean, cov = problem.moments(process, process.t_max)
+    law = exact_moments(sf.ReverseSDE(problem.prediction(process), eta=eta), solver, mean, cov)
+    return law.variance_errors(problem.moments(process, process.t_min)[1])
+
+
+def graded(n):
+    """A smooth grid in λ of uneven steps, finer at the end, where the boundary term is made."""
+    s = torch.linspace(0.0, 1.0, n + 1, dtype=F64)
+    first, last = VP.half_log_snr(torch.tensor([1.0, 1e-2], dtype=F64)).tolist()
+    times = VP.time(first + (last - first) * (1.0 - (1.0 - s) ** 2.5))
+    times[0], times[-1] = 1.0, 1e-2
+    return times
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 1.5])
+def test_looking_ahead_raises_the_weak_order_on_linear_equations(eta):
+    orders = {}
+    for look in (True, False):
+        size = [
+            variance_errors(sf.StochasticAdams(grid=graded(n), look_ahead=look, corrector=3), eta).norm().item()
+            for n in (80, 160, 320)
+        ]
+        orders[look] = math.log2(size[1] / size[2])
+    assert abs(orders[False] - 2.0) < 0.2, orders
+    assert orders[True] > 2.8, orders
+
+
+def test_the_h2_term_is_the_derived_one():
+    # scales log-uniform over far more than a step, even steps: relative variance error h²/9 (η = 1) and 0
+    h, process = 0.1, sf.EDM(t_min=1e-3, t_max=1e3)
+    problem = sf.problems.gaussian(mean=[0.0], std=[1.0])
+    lam = torch.arange(-6.0, 6.5, h, dtype=F64)
+    times = (-lam).exp()
+    equation = sf.ReverseSDE(problem.prediction(process))
+    ends = {"start": times[0].item(), "stop": times[-1].item()}
+    for look, expected in ((False, h**2 / 9.0), (True, 0.0)):
+        solver = sf.StochasticAdams(grid=times, corrector=3, look_ahead=look)
+        law = exact_moments(equation, solver, *problem.moments(process, ends["start"]), **ends)
+        error = law.variance_errors(problem.moments(process, ends["stop"])[1]).item()
+        assert abs(error - expected) < 0.1 * h**2 / 9.0, (look, error, expected)
+
+
+def test_the_point_looked_at_has_the_law_of_the_state():
+    rng = np.random.default_rng(0)
+    A, s = rng.uniform(0.3, 0.9, 9), rng.uniform(0.5, 1.5, 9)
+    for n, row in enumerate(_looks(Linear(A, A, s), LOOK)[1:], 1):
+        c = {k: weight for weight, k in row}
+        assert set(c) == {2 * n - 2, 2 * n, 2 * n + 1}
+        law = (s[n - 1] + c[2 * n - 2]) ** 2 + c[2 * n] ** 2 + c[2 * n + 1] ** 2
+        assert law == pytest.approx(s[n - 1] ** 2, rel=1e-12)
+        assert c[2 * n - 2] < 0 < c[2 * n]
+
+
+def test_steps_that_change_abruptly_keep_the_law():
+    A, s = np.array([0.5, 1e-3, 0.9, 0.2]), np.array([1.0, 1e-4, 2.0, 0.5])
+    for n, row in enumerate(_looks(Linear(A, A, s), LOOK)[1:], 1):
+        c = {k: weight for weight, k in row}
+        law = (s[n - 1] + c.get(2 * n - 2, 0.0)) ** 2 + c.get(2 * n, 0.0) ** 2 + c.get(2 * n + 1, 0.0) ** 2
+        assert law == pytest.approx(s[n - 1] ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("process", [sf.RectifiedFlow(t_min=1e-4), sf.EDM(), sf.VP(), sf.CosineVP()], ids=repr)
+def test_few_steps_do_on_every_process(process):
+    problem = sf.problems.gaussian()
+    assert variance_errors(sf.StochasticAdams(steps=22), 1.0, problem, process).square().mean().sqrt() < 1e-2
+    assert variance_errors(sf.StochasticAdams(steps=22), 0.3, problem, process).square().mean().sqrt() < 1e-2
+
+
+def test_monte_carlo_agrees_with_the_exact_moments():
+    problem = sf.problems.gaussian(mean=[0.5], std=[0.5])
+    equation = sf.ReverseSDE(problem.prediction(VP))
+    solver = sf.StochasticAdams(steps=4, predictor=2)  # coarse, so that its error shows
+    mean, cov = problem.moments(VP, VP.t_max)
+    law = exact_moments(equation, solver, mean, cov)
+    n = 100_000
+    x = mean + cov.sqrt() * torch.randn(n, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
+    y = sf.solve(equation, solver, x, seed=1).x
+    variance = y.var(0).item()
+    right = problem.moments(VP, VP.t_min)[1].item()
+    deviation = variance * math.sqrt(2.0 / n)
+    assert abs(variance - law.cov.item()) < 4 * deviation < abs(law.cov.item() - right)
+    assert abs(y.mean().item() - law.mean.item()) < 4 * math.sqrt(variance / n)
+
+
+def test_the_noise_is_the_paths_whatever_the_batch_and_the_memory():
+    problem = sf.problems.ring()
+    equation = sf.ReverseSDE(problem.prediction(VP))
+    x = VP.prior((600, 2), seed=0, dtype=F64)
+    seeds = sf.sample_seeds(3, 600)
+    solver = sf.StochasticAdams(steps=300)  # more draws than are made at once
+    many = sf.solve(equation, solver, x, seed=seeds).x
+    few = sf.solve(equation, solver, x[:3], seed=seeds[:3]).x
+    torch.testing.assert_close(many[:3], few, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"predictor": 0}, {"predictor": 5}, {"corrector": 5}, {"low": 0.0}, {"low": 3.0}, {"high": math.inf}]
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(sf.InvalidInput):
+        sf.StochasticAdams(steps=4, **settings)
+
+
+def test_a_step_to_clean_data_draws_nothing():
+    problem = sf.problems.gaussian(mean=[0.0], std=[0.5])
+    equation = sf.ReverseSDE(problem.prediction(VP))
+    x = VP.prior((4, 1), dtype=F64)
+    run = sf.solve(equation, sf.StochasticAdams(steps=12, denoise=True), x, seed=0)
+    assert run.evaluations.tolist() == [13] * 4 and bool(run.x.isfinite().all())
