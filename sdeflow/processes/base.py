@@ -9,6 +9,7 @@ Liu et al. 2023 and Lipman et al. 2023 (rectified flow), Ho et al. 2020 (discret
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -185,6 +186,32 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
     """A 0-d or (batch,) coefficient in x's dtype, shaped to broadcast against x (batch, *event)."""
     coefficient = coefficient.to(x.dtype)
     return coefficient if coefficient.ndim == 0 else coefficient.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def remembering(process: Process) -> Process:
+    """The same process, which keeps α, σ and log α at the tensor it was asked for last.
+
+    A step asks for them several times at one t. For use inside one solve: tensors must not be changed in place.
+    """
+    found = copy.copy(process)
+    for name in ("log_alpha", "alpha", "sigma"):
+        method = getattr(found, name, None)
+        if method is not None:
+            object.__setattr__(found, name, _last_answer(method))
+    return found
+
+
+def _last_answer(method: Callable[[Time], Tensor]) -> Callable[[Time], Tensor]:
+    asked: Time | None = None
+    answer = torch.empty(0)
+
+    def remembered(t: Time) -> Tensor:
+        nonlocal asked, answer
+        if t is not asked:
+            asked, answer = t, method(t)
+        return answer
+
+    return remembered
 
 
 def check_interval(t_min: float, t_max: float) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
-from sdeflow.solvers.control import Attempt, Flow, Trace, check_tolerances, drive, rms
+from sdeflow.solvers.control import Attempt, Flow, News, Trace, check_tolerances, drive, rms
 
 MAX_ORDER = 12
 SAFETY = 0.55
@@ -113,58 +114,78 @@ def gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
     return 0.5 * (x + 1.0), 0.5 * w
 
 
-def newton_table(s: Tensor) -> Tensor:
-    """1/C (K, K, n) with C_mj = Π_{i≤m, i≠j}(s_j − s_i) for the nodes s (K, n); 0 for j > m.
-
-    Row m is the divided difference over the nodes 0 … m: f[s_0 … s_m] = Σ_j f_j / C_mj.
-    """
-    K, n = s.shape
-    table = s.new_zeros(K, K, n)
-    table[0, 0] = 1.0
-    for m in range(1, K):
-        gap = (s[:m] - s[m]).reciprocal_()
-        torch.mul(table[m - 1, :m], gap, out=table[m, :m])
-        torch.prod(gap.neg_(), 0, out=table[m, m])
-    return table
+def products(s: Tensor, used: Tensor) -> Tensor:
+    """C_j = Π_{i≠j}(s_j − s_i) over the nodes i in use (1.0, others 0.0), (R, n), for all j, of nodes s (R, n)."""
+    gap = s[:, None] - s
+    gap.diagonal().fill_(1.0)
+    return torch.addcmul(1.0 - used, gap, used).prod(1)
 
 
-def moments(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """∫₀¹N_m, ∫₀¹(v − 1)N_{m−1} (0 for m = 0) and N_m(1), each (K + 1, n), N_m(v) = Π_{i<m}(v − s_i), of s (K, n)."""
-    K, n = s.shape
-    nodes, weights = (torch.as_tensor(a, dtype=s.dtype, device=s.device) for a in gauss(K // 2 + 1))
-    points = torch.cat([nodes, nodes.new_ones(1)])[:, None]
-    N = s.new_ones(K + 1, len(points), n)
-    for m in range(K):
-        torch.mul(N[m], points - s[m], out=N[m + 1])
-    inner = N[:, :-1]
-    area = torch.einsum("q,mqn->mn", weights, inner)
-    lean = s.new_zeros(K + 1, n)
-    lean[1:] = torch.einsum("q,mqn->mn", weights * (nodes - 1.0), inner[:-1])
-    return area, lean, N[:, -1]
+def weights(s: Tensor, age: Tensor, near: Tensor, oldest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything a step needs from its nodes, in units of the step: the new node is 1, the present one 0, all others < 0.
 
-
-def weights(s: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything a step needs from its nodes, in units of the step: the new node is 1, the present one s_0 = 0.
+    Lagrange's form: with N(v) = Π(v − s_i) the integrand of node j is N(v) / ((v − s_j) C_j), and no Gauss point v in (0, 1)
+    meets a node.
 
     Args:
-        s: (K, n), the last K nodes, newest first.
-        k: (n,) orders, 1 ≤ k < K.
+        s: (R, n), the nodes in any order.
+        age: (R, n), 0 for the newest node, 1 for the one before, …
+        near: (3, n), k − 1, k, k + 1 for orders k ≥ 1.
+        oldest: (3, n), s of ages k − 2, k − 1, k (the first is not used where k = 1).
 
     Returns:
-        rows (4, K, n): weights on the K values f of ∫P_k, P_{k−1}(1), P_k(1), P_{k+1}(1) (P_0 = 0);
-        gamma (n,): γ_k; eta (3, n): η_{k−1}, η_k, η_{k+1} with η_m = ∫(v − 1)N_{m−1} / N_m(1).
+        rows (4, R, n): weights on the values f of ∫P_k, P_{k−1}(1), P_k(1), P_{k+1}(1) (P_0 = 0);
+        gamma (n,): γ_k; eta (3, n): η_{k−1}, η_k, η_{k+1} with η_m = ∫(v − 1)N_{m−1} / N_m(1), η_0 = 0.
     """
-    K, n = s.shape
-    table = newton_table(s)
-    area, lean, top = moments(s)
-    size = torch.arange(K, device=s.device)[:, None]
-    rows = s.new_zeros(4, K, n)
-    torch.sum(table * (area[:K] * (size < k))[:, None], 0, out=rows[0])
-    near = k + torch.arange(-1, 2, device=s.device)[:, None]  # (3, n): k−1, k, k+1
-    tops = top.gather(0, near)
-    last = table.gather(0, (near - 1).clamp_min(0)[:, None].expand(3, K, n))
-    torch.mul(last, (tops * (near > 0))[:, None] / (1.0 - s), out=rows[1:])
-    return rows, (area / top).gather(0, k[None])[0], lean.gather(0, near) / tops
+    k = near[1]
+    v, rule = _rule(s.shape[0] // 2 + 1, s.dtype, s.device)
+    used = (age < k).to(s.dtype)  # a float, as a product with it is much faster than torch.where
+    E = v - s  # (Q + 1, R, n), the last point being 1
+    N = torch.addcmul(1.0 - used, E, used).prod(1)
+    ends = v - oldest
+    N1 = N / ends[:, 1]
+    # where k = 1, N_{−1} is anything: its weight is η_0
+    stack = torch.stack([N1 / ends[:, 0], N1, N], 1)
+    area, lean = (rule @ stack.flatten(1)).reshape(2, 3, -1)
+    top = torch.stack([N1[-1], N[-1], N[-1] * ends[-1, 2]])
+    C = products(s, used)
+    rows = s.new_empty(4, *s.shape)
+    torch.div(((rule[0, :, None] * N)[:, None] / E).sum(0), C, out=rows[0])
+    share = used / (E[-1] * C)
+    rows[0] *= used
+    torch.mul(share, top[1], out=rows[2])
+    torch.mul(share, (s - oldest[1]) * top[0], out=rows[1])
+    # the node k + 1 back joins the others here, and its own factor is not among those of its product
+    last = (age == k).to(s.dtype)
+    share += last / (E[-1] * C)
+    torch.div(share * top[2], s - oldest[2] + last, out=rows[3])
+    eta = lean / top
+    return rows, area[2] / top[1], torch.where(near > 0, eta, 0.0)
+
+
+@lru_cache(maxsize=64)
+def _rule(points: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Gauss points and the point 1, (Q + 1, 1, 1), with the weights of ∫₀¹· and ∫₀¹(v − 1)·, (2, Q + 1)."""
+    nodes, w = gauss(points)
+    v, w = np.append(nodes, 1.0), np.append(w, 0.0)
+    return tuple(
+        torch.as_tensor(a, dtype=dtype, device=device) for a in (v[:, None, None], np.stack([w, w * (v - 1.0)]))
+    )  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def _arange(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device)
+
+
+@lru_cache(maxsize=8)
+def _around(device: torch.device) -> Tensor:
+    return torch.arange(-1, 2, device=device)[:, None]
+
+
+def _wrap(index: Tensor, n: int) -> Tensor:
+    """index mod n for −n ≤ index < n, in place: integer division is slow."""
+    return index.add_((index < 0) * n)
 
 
 class AdamsStepper:
@@ -176,12 +197,15 @@ class AdamsStepper:
     def begin(self, u: Tensor, z: Tensor, f: Tensor) -> None:
         """See `Stepper`."""
         n, d = z.shape
-        slots = 4
-        self.U = u.new_zeros(n, slots)
-        self.F = z.new_zeros(n, slots, d)
-        self.U[:, 0] = u
-        self.F = self._put(self.F, torch.zeros_like(u, dtype=torch.int64), f)
+        start, stop = (self.flow.u(t).to(u) for t in (self.flow.start, self.flow.stop))
+        # places of slots never filled: behind the start, each its own, so that nothing is divided by 0
+        self.nowhere = 2.0 * start - stop, start - stop
+        self.U = u.new_empty(0, n)
+        self.F = z.new_empty(n, 0, d)
         self.head = torch.zeros(n, dtype=torch.int64, device=u.device)
+        self._widen(4)
+        self.U[0] = u
+        self.F = self._put(self.F, self.head, f)
         self.count = torch.ones_like(self.head)
         self.k = torch.ones_like(self.head)
         self.young = torch.ones_like(self.head, dtype=torch.bool)
@@ -192,40 +216,57 @@ class AdamsStepper:
         self.top, self.turns = 1, 0
 
     def _put(self, F: Tensor, slot: Tensor, f: Tensor) -> Tensor:
-        rows = torch.arange(F.shape[0], device=F.device)
         if self.gradients:
-            return F.index_put((rows, slot), f)
-        F[rows, slot] = f
+            return F.index_put((_arange(F.shape[0], F.device), slot), f)
+        F.view(-1, F.shape[2]).index_copy_(0, slot + self.offsets, f)
         return F
 
-    def _recent(self, K: int) -> Tensor:
-        """Slots of the last K nodes, newest first, (n, K)."""
-        back = torch.arange(K, device=self.head.device)
-        return (self.head[:, None] - back).remainder(self.U.shape[1])
+    def _widen(self, slots: int) -> None:
+        """More slots, the newest node's being the last of the old ones."""
+        old, n = self.U.shape
+        order = (self.head + 1 + _arange(old, self.head.device)[:, None]).remainder(max(old, 1))  # oldest first
+        first, span = self.nowhere
+        far = first + span * torch.arange(old, slots, dtype=self.U.dtype, device=self.U.device)
+        self.U = torch.cat([self.U.gather(0, order), far[:, None].expand(-1, n)])
+        F = self.F.gather(1, order.T[:, :, None].expand(-1, -1, self.F.shape[2]))
+        self.F = torch.nn.functional.pad(F, (0, 0, 0, slots - old))
+        self.head = torch.full_like(self.head, max(old - 1, 0))
+        self._number()
 
-    def _grow(self, slots: int) -> None:
-        old = self.U.shape[1]
-        order = self._recent(old).flip(1)  # oldest first, so the newest is at old − 1
-        extra = slots - old
-        self.U = torch.nn.functional.pad(self.U.gather(1, order), (0, extra))
-        self.F = torch.nn.functional.pad(
-            self.F.gather(1, order[:, :, None].expand(-1, -1, self.F.shape[2])), (0, 0, 0, extra)
+    def _number(self) -> None:
+        """Where every sample's slots are in the flattened F."""
+        n, slots, _ = self.F.shape
+        self.offsets = torch.arange(0, n * slots, slots, device=self.F.device)
+        self.bag = None
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """Σ_j rows_mj f_j, (n, 4, d), of rows (4, R, n)."""
+        w = rows.permute(2, 0, 1).to(self.F.dtype).contiguous()
+        if self.gradients or self.F.device.type != "cpu":
+            return torch.bmm(w, self.F)
+        # on a processor the same sums cost a third to a half of bmm's time
+        n, m, slots = w.shape
+        if self.bag is None:
+            index = (self.offsets[:, None, None] + _arange(slots, w.device)).expand(n, m, slots).reshape(-1)
+            self.bag = index, torch.arange(0, n * m * slots, slots)
+        index, starts = self.bag
+        flat = torch.nn.functional.embedding_bag(
+            index, self.F.view(n * slots, -1), starts, mode="sum", per_sample_weights=w.view(-1)
         )
-        self.head = torch.full_like(self.head, old - 1)
+        return flat.view(n, m, -1)
 
     def attempt(self, u: Tensor, z: Tensor, step: Tensor, end: Tensor, allowed: Tensor) -> Attempt:
         """See `Stepper`."""
         K = min(self.top + 2, self.max_order + 1)
-        if self.U.shape[1] < K + 1:  # one slot is spare, for the evaluation under way
-            self._grow(min(K + 2, self.max_order + 1) + 1)
-        slots = self._recent(K)
-        back = torch.arange(K, device=u.device)
-        # slots never filled are given places of their own behind the rest; nothing weighs on them
-        s = torch.where(back < self.count[:, None], (self.U.gather(1, slots) - u[:, None]) / step[:, None], -1e3 - back)
-        rows, gamma, eta = weights(s.T.contiguous(), self.k)
-        placed = u.new_zeros(len(u), 4, self.U.shape[1])
-        placed.scatter_(2, slots[:, None].expand(-1, 4, -1), rows.permute(2, 0, 1))
-        Y = torch.bmm(placed.to(z.dtype), self.F)
+        if self.U.shape[0] < K + 1:  # one slot is spare, for the evaluation under way
+            self._widen(min(K + 1, self.max_order + 1) + 1)
+        slots = self.U.shape[0]
+        age = _wrap(self.head - _arange(slots, u.device)[:, None], slots)
+        near = self.k + _around(u.device)
+        s = (self.U - u).div_(step)
+        oldest = s.gather(0, _wrap(self.head + 1 - near.clamp_min(1), slots))
+        rows, gamma, eta = weights(s, age, near, oldest)
+        Y = self._sums(rows)
         z_star = torch.addcmul(z, Y[:, 0], step.to(z.dtype)[:, None])
         f = self.flow.rhs(end, z_star)
         r = f[:, None] - Y[:, 1:]
@@ -233,7 +274,7 @@ class AdamsStepper:
         size = rms(r.detach()).T
         if self.noisy:
             size = self._without_noise(size, rows)
-        error = size * (step * eta).abs() / allowed
+        error = size * (eta * (step / allowed)).abs_()
         self.residual, self.gain, self.error, self.step = size[1], rows[2], error[1], step
         self.end, self.f, self.z_new = end, f, z_new
         if self.starting:
@@ -245,15 +286,14 @@ class AdamsStepper:
                 else rms(r[:, 1].detach()) / rms(Y[:, 2].detach()).clamp_min(1e-300)
             )
             error = torch.where(self.count == 1, error * less.clamp_max(1.0), error)
-        return self._judge(z_new, error)
+        return self._judge(z_new, error, near)
 
-    def _judge(self, z: Tensor, error: Tensor) -> Attempt:
+    def _judge(self, z: Tensor, error: Tensor, near: Tensor) -> Attempt:
         """Choose the order that allows the largest step; error (3, n) is that of k − 1, k, k + 1 over the allowed."""
         k = self.k
         if self.coupled:
             error = error.amax(1, keepdim=True).expand_as(error)
-        near = k + torch.arange(-1, 2, device=k.device)[:, None]
-        possible = (near >= 1) & (near <= self.max_order) & (near <= self.count)
+        possible = (near >= 1) & (near <= self.count.clamp_max(self.max_order))
         power = near + 1.0
         if self.starting:
             # while every step has raised the order nothing is known of k + 1: errors are taken to fall as they did
@@ -264,33 +304,40 @@ class AdamsStepper:
             possible = possible | (young & (near == k + 1))
             possible = possible & ~(young & (k == 1) & (near == 1))
             power = power.clamp_min(3.0)
-        factor = SAFETY * error.clamp_min(1e-30) ** (-1.0 / power)
-        factor = torch.where(possible, factor, 0.0).nan_to_num(nan=0.0)
-        ok = error[1] <= 1.0
-        best, which = torch.where(ok | (near <= k), factor, 0.0).max(0)
-        self.next = torch.where(best > 0, k - 1 + which, k)
+        factor = error.clamp_min(1e-30).pow_(power.reciprocal_().neg_()).mul_(SAFETY)
+        # the order rises after accepted steps alone
+        possible[2] &= error[1] <= 1.0
+        best, which = torch.where(possible, factor, 0.0).max(0)
+        self.next = torch.where(best > 0, which.add_(k).sub_(1), k)
         grow = torch.where(self.young, START, GROW) if self.starting else GROW
         return Attempt(z, error[1], best.clamp_min(KEEP).clamp_max(grow), best.clamp(SHRINK, 0.9))
 
-    def commit(self, ok: Tensor) -> None:
+    def commit(self, ok: Tensor) -> News:
         """See `Stepper`."""
         f = self.f
         if self.pece:
             f = self.flow.rhs(self.end, self.z_new)
-        ring = self.U.shape[1]
-        head = (self.head + 1).remainder(ring)
-        rows = torch.arange(len(ok), device=ok.device)
-        # a rejected evaluation goes to the spare slot too, where nothing weighs on it; as 0, since 0·NaN is NaN
-        self.U[rows, head] = self.end
-        self.F = self._put(self.F, head, torch.where(ok[:, None], f, 0.0))
+        ring = self.U.shape[0]
+        head = _wrap(self.head + (1 - ring), ring)
+        # a rejected evaluation goes to the spare slot too, where nothing weighs on it
+        self.U.scatter_(0, head[None], torch.where(ok, self.end, self.nowhere[0] + 50.0 * self.nowhere[1])[None])
+        self.F = self._put(self.F, head, f)
+        self.spare = head
         self.head = torch.where(ok, head, self.head)
-        self.count = torch.where(ok, (self.count + 1).clamp_max(ring - 1), self.count)
+        self.count = torch.where(ok, (self.count + 1).clamp_max_(ring - 1), self.count)
         self.k = self.next
-        # a first step tried again is still a first step
-        self.young = self.young & (self.k == self.count) & (ok | (self.count == 1))
-        top, starting, refused = torch.stack([self.k.max(), self.young.any(), ~ok.all()]).tolist()
-        self.top, self.starting = top, bool(starting)
+        if self.starting:
+            # a first step tried again is still a first step
+            self.young = self.young & (self.k == self.count) & (ok | (self.count == 1))
         self.turns += 1
+        news = torch.stack([self.k.amax(), self.young.any(), ~ok.all(), ~(self.error < math.inf).all()])
+        return news, partial(self._heed, ok)
+
+    def _heed(self, ok: Tensor, news: list[int]) -> None:
+        top, starting, refused, broken = news
+        if broken:  # 0·NaN is NaN
+            self.F = self._put(self.F, self.spare, torch.where(ok[:, None], self.f, 0.0))
+        self.top, self.starting = top, bool(starting)
         if refused or self.refused or self.turns >= MANY:
             self._suspect(ok)
         self.refused = bool(refused)
@@ -324,9 +371,10 @@ class AdamsStepper:
 
     def keep(self, rows: Tensor) -> None:
         """See `Stepper`."""
-        for name in ("U", "F", "head", "count", "k", "young", "noise", "tries", "last_error", "last_step"):
+        self.U, self.F = self.U[:, rows], self.F[rows]
+        for name in ("head", "count", "k", "young", "noise", "tries", "last_error", "last_step"):
             setattr(self, name, getattr(self, name)[rows])
-        self.top = int(self.k.max()) if len(rows) else 1
+        self._number()
 
     def payload(self) -> tuple[Tensor, ...]:
         """See `Stepper`: the new value of f, the order, and f at the start (which only first steps need)."""
@@ -349,23 +397,14 @@ class AdamsStepper:
         nodes = torch.where(inside, trace.end[index], trace.start[index])
         values = torch.where(inside[:, :, None], f[index], f_start[index])
         start, h = trace.start[piece], (trace.end - trace.start)[piece]
-        # in units of the step, from its start; nodes beyond the order get places of their own and no weight
-        s = torch.where(back <= k[:, None], (nodes - start[:, None]) / h[:, None], -1e3 - back)
-        v = (u - start) / h
-        table = newton_table(s.T.contiguous())
-        area = areas(s.T, v)
-        size = back[:, None]
-        w = (table * (area * (size <= k))[:, None]).sum(0).T
+        # in units of the step, from its start
+        s = ((nodes - start[:, None]) / h[:, None]).T
+        used = (back <= k[:, None]).T.to(u.dtype)
+        v, rule = _rule(K // 2 + 1, s.dtype, s.device)
+        share = ((u - start) / h).clamp(1e-200, 1.0)
+        E = v * share - s
+        E[-1] = 1.0  # the last point has no weight here, and may be a node
+        N = torch.addcmul(1.0 - used, E, used).prod(1)
+        w = share * (rule[0, :, None, None] * (N[:, None] / E)).sum(0) / products(s, used)
+        w = torch.where(used > 0, w, 0.0).T
         return trace.z[piece] + torch.einsum("nk,nkd->nd", (w * h[:, None]).to(values.dtype), values)
-
-
-def areas(s: Tensor, v: Tensor) -> Tensor:
-    """∫₀^v Π_{i<m}(w − s_i) dw for m = 0 … K − 1, (K, n), of nodes s (K, n) and v (n,)."""
-    K = len(s)
-    nodes, w = (torch.as_tensor(a, dtype=s.dtype, device=s.device) for a in gauss(K // 2 + 1))
-    points = nodes[:, None] * v
-    N, out = torch.ones_like(points), []
-    for m in range(K):
-        out.append(v * (w[:, None] * N).sum(0))
-        N = N * (points - s[m])
-    return torch.stack(out)

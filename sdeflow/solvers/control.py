@@ -7,9 +7,11 @@ out of the batch. Everything is a tensor over the samples that are still under w
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,6 +21,7 @@ from sdeflow.charts import BoundChart, Chart, LogSNR, StraightLine, Trigonometri
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
 from sdeflow.processes import expand
+from sdeflow.processes.base import remembering
 from sdeflow.solution import Status
 from sdeflow.solvers.base import Outcome, Task
 
@@ -59,6 +62,18 @@ class Flow:
     event: torch.Size
     one_time: bool = False
 
+    @cached_property
+    def reach(self) -> float:
+        """The standard deviation of x at the end for Gaussian data of the chart's scale."""
+        assert self.chart is not None
+        A, S, _, _ = self.chart.coefficients(self.chart.u(self.stop))
+        return (torch.hypot(self.scale * A, S) / self.chart.m(self.stop)).item()
+
+    @property
+    def scale(self) -> float:
+        """The chart's data scale c."""
+        return getattr(self.chart.chart, "c", 0.5) if self.chart is not None else 1.0
+
     @staticmethod
     def of(task: Task, chart: Chart | None, one_time: bool = False) -> Flow:
         """The task's flow; `chart` None means StraightLine() for a diffusion equation and t for any other."""
@@ -68,6 +83,10 @@ class Flow:
             raise InvalidInput(
                 f"chart={chart!r} needs a diffusion equation; {equation!r} has no process. Leave chart out"
             )
+        if equation.process is not None and equation.predict is not None:
+            equation, predict = copy.copy(equation), copy.copy(equation.predict)
+            equation.process = predict.process = remembering(predict.process)
+            equation.predict = predict
         bound = (chart or StraightLine()).bind(equation.process) if equation.process and diffusion else None
         return Flow(equation, bound, task.start, task.stop, task.x.shape[1:], one_time)
 
@@ -116,10 +135,8 @@ class Flow:
         """
         if self.chart is None:
             return torch.ones_like(u)
-        c = getattr(self.chart.chart, "c", 0.5)
-        end = self.chart.u(self.stop).to(u.device)
-        (A, S, _, _), (Ae, Se, _, _) = self.chart.coefficients(u), self.chart.coefficients(end)
-        return torch.hypot(c * Ae, Se) / torch.hypot(c * A, S) / self.chart.m(self.stop).to(u.device)
+        A, S, _, _ = self.chart.coefficients(u)
+        return self.reach / torch.hypot(self.scale * A, S)
 
 
 class Attempt(NamedTuple):
@@ -138,6 +155,10 @@ class Attempt(NamedTuple):
     shrink: Tensor
 
 
+News = tuple[Tensor, Callable[[list[int]], None]]
+"""Integers (m,) on the device, and the function that wants them as a list."""
+
+
 class Stepper(Protocol):
     """A method under `drive`. Its tensors hold the samples still under way, in the order of `drive`'s own."""
 
@@ -149,8 +170,8 @@ class Stepper(Protocol):
         """Try from u to end = u + step; `allowed` (n,) is the local error in z (RMS) that is allowed."""
         ...
 
-    def commit(self, ok: Tensor) -> None:
-        """The samples (n,) bool whose attempt was accepted."""
+    def commit(self, ok: Tensor) -> News | None:
+        """The samples (n,) bool whose attempt was accepted. Returns what the host should know of it, and whom to tell."""
         ...
 
     def keep(self, rows: Tensor) -> None:
@@ -247,7 +268,6 @@ class _Under:
     h: Tensor
     target: Tensor
     accepted: Tensor
-    rejected: Tensor
     broken: Tensor
 
     def keep(self, rows: Tensor) -> None:
@@ -319,7 +339,8 @@ class _Run:
         self.accepted, self.rejected = task.constant(0), task.constant(0)
         self.states = None if task.save_at is None else z.new_full((len(self.times), n, z.shape[1]), torch.nan)
         zero = task.constant(0)
-        self.now = _Under(torch.arange(n, device=device), self.u, z, self.u, zero, zero, zero, zero)
+        self.now = _Under(torch.arange(n, device=device), self.u, z, self.u, zero, zero, zero)
+        self.single, self.turn = len(self.times) == 1, 0
         self._begin()
 
     def _begin(self) -> None:
@@ -335,66 +356,79 @@ class _Run:
         if self.coupled:
             now.h = now.h.nan_to_num(nan=self.span).amin().expand_as(now.h)
         self.stepper.begin(now.u, now.z, f)
-        finite = f.isfinite().all(1)
-        self._leave(~finite, torch.full_like(now.rows, Status.NON_FINITE))
+        bad = ~f.isfinite().all(1)
+        if bool(bad.any()):
+            now.broken = now.broken + TRIES * bad
+            self._leave(bad, torch.zeros_like(bad), bad)
 
     def allowed(self, u: Tensor, z: Tensor) -> Tensor:
         """The local error in z that a step from (u, z) may make."""
-        return self.atol / self.flow.carry(u) + self.rtol * rms(z.detach())
+        allowed = self.flow.carry(u).reciprocal().mul_(self.atol)
+        return allowed.add_(rms(z.detach()), alpha=self.rtol) if self.rtol else allowed
 
     def step(self) -> bool:
         """Try one step of every sample under way; False when none is left."""
-        now, task = self.now, self.task
+        now = self.now
         if not now.rows.numel():
             return False
-        goal = self.targets[now.target]
-        left = (goal - now.u) * self.sign
+        self.turn += 1
+        goal = self.targets[-1] if self.single else self.targets[now.target]
+        left = (goal - now.u).mul_(self.sign)
         land = now.h * STRETCH >= left
         # two equal steps to the goal rather than a long one and a sliver
         h = torch.where(land, left, torch.minimum(now.h, 0.5 * left))
-        end = torch.where(land, goal, now.u + self.sign * h)
-        tried = self.stepper.attempt(now.u, now.z, self.sign * h, end, self.allowed(now.u, now.z))
+        step = self.sign * h
+        end = torch.where(land, goal, now.u + step)
+        tried = self.stepper.attempt(now.u, now.z, step, end, self.allowed(now.u, now.z))
         error, grow, shrink = tried.error, tried.grow, tried.shrink
-        broken = ~error.isfinite()
+        broken = ~(error < math.inf)
         if self.coupled:
             error, grow, shrink = error.amax().expand_as(error), grow.amin().expand_as(grow), shrink.amin().expand_as(h)
         ok = error <= 1.0
-        shrink = torch.where(broken, 0.25, shrink)
         if self.trace is not None:
             self.trace.add(now.rows, now.u, end, now.z, self.stepper.payload(), ok)
         now.u = torch.where(ok, end, now.u)
         now.z = torch.where(ok[:, None], tried.z, now.z)
-        # a step cut short to land says little against the step that was planned
-        now.h = torch.where(ok, torch.maximum(h * grow, torch.where(land & (grow >= 1.0), now.h, 0)), h * shrink)
-        now.accepted, now.rejected = now.accepted + ok, now.rejected + ~ok
-        now.broken = torch.where(broken, now.broken + 1, 0)
-        self.stepper.commit(ok)
-        arrived = ok & land
-        self._save(arrived)
-        now.target = now.target + arrived
-        done = now.target == len(self.targets)
-        now.target = now.target.clamp_max(len(self.targets) - 1)
-        small = ~done & (now.h < self.smallest)
-        failed = (now.broken >= TRIES) | (small & broken)
-        status = torch.where(done, Status.SUCCESS, torch.where(failed, Status.NON_FINITE, Status.STEP_UNDERFLOW))
-        if task.progress is not None:
-            inside = (now.u - self.targets[-1]).abs().sum().item() / self.span
-            task.progress(1.0 - inside / task.batch)
-        self._leave(done | failed | small, status)
+        planned = now.h
+        now.h = h * torch.where(ok, grow, torch.where(broken, 0.25, shrink))
+        now.accepted = now.accepted + ok
+        now.broken = (now.broken + broken) * broken
+        done = ok & land
+        if not self.single:
+            # a step cut short to land says little against the step that was planned
+            now.h = torch.where(done & (grow >= 1.0), torch.maximum(now.h, planned), now.h)
+            self._save(done)
+            now.target = now.target + done
+            done = now.target == len(self.targets)
+            now.target = now.target.clamp_max(len(self.targets) - 1)
+        gone = done | (now.h < self.smallest) | (now.broken >= TRIES)
+        if self._tell(ok, gone):
+            self._leave(gone, done, broken)
+        if self.task.progress is not None:
+            inside = (self.now.u - self.targets[-1]).abs().sum().item() / self.span
+            self.task.progress(1.0 - inside / self.task.batch)
         return bool(self.now.rows.numel())
+
+    def _tell(self, ok: Tensor, gone: Tensor) -> bool:
+        """The one word a step from the device to the host: whether samples leave, and what the stepper has to say."""
+        news, leaves = self.stepper.commit(ok), gone.any().long()[None]
+        some, *rest = (leaves if news is None else torch.cat([leaves, news[0]])).tolist()
+        if news is not None:
+            news[1](rest)
+        return bool(some)
 
     def _save(self, arrived: Tensor) -> None:
         if self.states is not None:
             now = self.now
             self.states[now.target, now.rows] = torch.where(arrived[:, None], now.z, self.states[now.target, now.rows])
 
-    def _leave(self, gone: Tensor, status: Tensor) -> None:
-        """Take the samples `gone` out of the batch with these statuses."""
-        if not bool(gone.any()):
-            return
+    def _leave(self, gone: Tensor, done: Tensor, broken: Tensor) -> None:
+        """Take the samples `gone` out of the batch: done, or failed where they break off, or with too small a step."""
+        now = self.now
+        failed = (now.broken >= TRIES) | ((now.h < self.smallest) & broken)
+        status = torch.where(done, Status.SUCCESS, torch.where(failed, Status.NON_FINITE, Status.STEP_UNDERFLOW))
         out, rest = gone.nonzero().flatten(), (~gone).nonzero().flatten()
-        rows = self.now.rows[out]
-        self.status = self.status.index_put((rows,), status[out].to(torch.int64))
+        self.status = self.status.index_put((now.rows[out],), status[out].to(torch.int64))
         self._write_back(out)
         self.now.keep(rest)
         self.stepper.keep(rest)
@@ -405,7 +439,8 @@ class _Run:
         self.z = self.z.index_put((rows,), now.z[some])
         self.u = self.u.index_put((rows,), now.u[some])
         self.accepted = self.accepted.index_put((rows,), now.accepted[some])
-        self.rejected = self.rejected.index_put((rows,), now.rejected[some])
+        # a sample under way tries one step a turn
+        self.rejected = self.rejected.index_put((rows,), self.turn - now.accepted[some])
 
     def outcome(self) -> Outcome:
         flow, task = self.flow, self.task

@@ -27,6 +27,19 @@ def rmse(a, b):
 # --- the formulae
 
 
+def weights_of(s, k, slots):
+    """`weights` of nodes s (K, n), newest first, kept in the given slots; answered newest first again."""
+    K = len(s)
+    age = torch.empty(K, dtype=torch.int64)
+    age[slots] = torch.arange(K)
+    near = k + torch.arange(-1, 2)[:, None]
+    nodes = torch.empty_like(s)
+    nodes[slots] = s
+    oldest = s.gather(0, (near - 1).clamp_min(0))
+    rows, gamma, eta = weights(nodes, age[:, None].expand_as(s), near, oldest)
+    return rows[:, slots], gamma, eta
+
+
 def test_weights_are_those_of_interpolating_polynomials():
     """∫P_k, P_m(1), γ_k and η_m against numpy's polynomials through random nodes."""
     draw = np.random.default_rng(0)
@@ -34,7 +47,8 @@ def test_weights_are_those_of_interpolating_polynomials():
     s = -np.cumsum(np.vstack([np.zeros(n), draw.uniform(0.3, 1.5, (K - 1, n))]), 0)
     order = np.array([1, 2, 3, 5, 6])
     values = draw.standard_normal((K, n))
-    rows, gamma, eta = (a.numpy() for a in weights(torch.tensor(s), torch.tensor(order)))
+    slots = torch.tensor([3, 2, 1, 0, 6, 5, 4])
+    rows, gamma, eta = (a.numpy() for a in weights_of(torch.tensor(s), torch.tensor(order), slots))
 
     def monic(roots):
         return np.polynomial.Polynomial(np.polynomial.polynomial.polyfromroots(roots))
@@ -64,7 +78,7 @@ def test_weights_are_those_of_interpolating_polynomials():
 def test_uniform_nodes_give_the_textbook_coefficients():
     """Adams–Bashforth 4: (55, −59, 37, −9)/24; Adams–Moulton's new weight in order 5: 251/720."""
     s = -torch.arange(5.0, dtype=f64)[:, None]
-    rows, gamma, _ = weights(s, torch.tensor([4]))
+    rows, gamma, _ = weights_of(s, torch.tensor([4]), torch.tensor([1, 0, 4, 3, 2]))
     assert torch.allclose(rows[0, :4, 0], torch.tensor([55.0, -59.0, 37.0, -9.0], dtype=f64) / 24.0, rtol=1e-12)
     assert gamma.item() == pytest.approx(251.0 / 720.0, rel=1e-12)
 
