@@ -77,11 +77,13 @@ class InChart(Grid):
             return torch.linspace(start, stop, steps + 1, dtype=torch.float64)
         bound = self.chart.bind(_need(process, self))
         first, last = bound.u(start).item(), bound.u(stop).item()
-        if not (abs(first) < float("inf") and abs(last) < float("inf")):
-            raise InvalidInput(
-                f"{self!r}: the clock is infinite at start={start} or stop={stop} (α = 0 there); write "
-                "grid=InChart(StraightLine())"
-            )
+        for name, t, u in (("start", start, first), ("stop", stop, last)):
+            if not abs(u) < float("inf"):
+                zero = "α" if bound.process.alpha(t) == 0 else "σ"
+                raise InvalidInput(
+                    f"{self!r}: the clock is infinite at {name}={t}, where {zero} = 0; write grid=InChart(StraightLine()), "
+                    f"or another {name}"
+                )
         return bound.t(torch.linspace(first, last, steps + 1, dtype=torch.float64))
 
 

@@ -94,3 +94,11 @@ def test_multiscale_has_the_density_of_its_formula_and_reaches_both_ends():
 def test_multiscale_refuses_scales_out_of_order():
     with pytest.raises(sf.InvalidInput, match="low < high"):
         sf.Multiscale(2.0, 0.5)
+
+
+def test_an_infinite_clock_names_the_end_and_what_is_zero_there():
+    flow = sf.RectifiedFlow(t_min=0.0)
+    with pytest.raises(sf.InvalidInput, match=r"start=1\.0, where α = 0"):
+        sf.InChart(sf.LogSNR()).times(flow, 1.0, 0.1, 4)
+    with pytest.raises(sf.InvalidInput, match=r"stop=0\.0, where σ = 0"):
+        sf.InChart(sf.LogSNR()).times(flow, 0.9, 0.0, 4)
