@@ -46,7 +46,8 @@ from sdeflow.solvers.stochastic import (
 )
 from sdeflow.solvers.stochastic_adams import StochasticAdams
 from sdeflow.solvers.torchdiffeq import TorchDiffEq
-from sdeflow.solvers.torchsde import TorchSDE, as_torchsde
+from sdeflow.solvers.torchsde import TorchSDE
+from sdeflow.solvers.torchsde_equation import as_torchsde
 from sdeflow.tune import tune
 
 __version__ = "0.1.0"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,16 +16,25 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from sdeflow.charts import BoundChart, Chart, PlainTime, StraightLine
+from sdeflow.charts import Chart, StraightLine
 from sdeflow.counting import CallLimitReached
 from sdeflow.errors import InvalidInput
-from sdeflow.grids import Grid, InChart, Nodes, UniformTime
-from sdeflow.processes import Time, as_time, expand
+from sdeflow.grids import Grid, InChart, UniformTime
+from sdeflow.processes import Time, as_time
 from sdeflow.solution import Status
+from sdeflow.solvers.backends import (
+    PATIENCE,
+    Clock,
+    Stopped,
+    accept_nodes,
+    check_limit,
+    check_method,
+    check_steps,
+    check_tolerances,
+    parameters_of,
+    rows,
+)
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
-
-PATIENCE = 4
-"""Attempts in a row, each step a fifth of the one before, after which a non-finite sample is given up."""
 
 
 class Method(NamedTuple):
@@ -111,10 +119,7 @@ class TorchDiffEq(Solver):
 
     def __post_init__(self) -> None:
         known = check_method("TorchDiffEq", self.method, METHODS, REFUSED)
-        if self.grid is not None and not isinstance(self.grid, Grid):
-            object.__setattr__(self, "grid", Nodes(self.grid))
-        if isinstance(self.grid, Nodes) and self.steps is None:
-            object.__setattr__(self, "steps", self.grid.steps)
+        accept_nodes(self)
         if known.adaptive and not (self.steps is None and self.grid is None):
             raise InvalidInput(
                 f'{self.method} chooses its own steps; leave steps and grid out, or write TorchDiffEq("rk4", steps=20)'
@@ -162,8 +167,8 @@ class TorchDiffEq(Solver):
             task.counter.limit = self.max_evaluations
         try:
             states = self._odeint(task, watch, clock, times, u)
-        except (_Stop, CallLimitReached) as stop:
-            states = watch.abandon(stop.status if isinstance(stop, _Stop) else Status.MAX_STEPS)
+        except (Stopped, CallLimitReached) as stop:
+            states = watch.abandon(stop.status if isinstance(stop, Stopped) else Status.MAX_STEPS)
         finally:
             watch.watching = False
         states = watch.close(states)
@@ -204,7 +209,7 @@ class TorchDiffEq(Solver):
             # implicit_adams says that its iteration stopped at its limit: it then is a predictor-corrector of as many passes
             warnings.filterwarnings("ignore", message="Functional iteration did not converge")
             if self.adjoint and task.gradients:
-                params = self._parameters(task) if self.adjoint_params is None else self.adjoint_params
+                params = parameters_of(task) if self.adjoint_params is None else self.adjoint_params
                 return torchdiffeq.odeint_adjoint(
                     watch, z, ts, **settings, adjoint_options=backward, adjoint_params=tuple(params)
                 )  # type: ignore[return-value]
@@ -218,42 +223,6 @@ class TorchDiffEq(Solver):
         assert isinstance(grid, Grid)
         nodes = grid.times(task.equation.process, task.start, task.stop, self.steps)
         return nodes if task.save_at is None else merge(nodes, times)
-
-    def _parameters(self, task: Task) -> Iterable[Tensor]:
-        owner = getattr(task.equation.predict, "network", None) or getattr(task.equation, "_drift", None)
-        return [p for p in owner.parameters() if p.requires_grad] if isinstance(owner, torch.nn.Module) else ()
-
-
-# --- settings, as both backends check them
-
-
-def check_method(owner: str, method: Any, known: dict[str, Any], refused: dict[str, str]) -> Any:
-    """The table's entry of a method; InvalidInput with the list, or with the reason why it is not offered."""
-    if method in refused:
-        raise InvalidInput(f"{owner} does not offer {method}: {refused[method]}")
-    if not isinstance(method, str) or method not in known:
-        raise InvalidInput(f"{owner}'s method must be one of {', '.join(known)}; got {method!r}")
-    return known[method]
-
-
-def check_steps(owner: str, steps: Any) -> None:
-    if steps is None:
-        raise InvalidInput(f"{owner} needs steps=<number of steps>, or grid=<tensor of times>; neither was given")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise InvalidInput(f"steps must be a positive integer (steps, not time points); got {steps!r}")
-
-
-def check_tolerances(rtol: Any, atol: Any) -> None:
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, bool) or not isinstance(value, float | int) or not (math.isfinite(value) and value >= 0):
-            raise InvalidInput(f"{name} must be a finite number ≥ 0; got {value!r}. Write e.g. {name}=1e-5")
-    if rtol == atol == 0:
-        raise InvalidInput("rtol and atol are both 0, which no step can meet; write e.g. rtol=1e-5, atol=1e-5")
-
-
-def check_limit(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidInput(f"{name} must be a positive integer; got {value!r}")
 
 
 def _check_uniform(method: str, nodes: Tensor) -> None:
@@ -272,79 +241,7 @@ def _between(nodes: Tensor, t: Tensor) -> Tensor:
     return torch.cat([t[:1], inner, t[-1:]])
 
 
-def rows(mask: Tensor, x: Tensor) -> Tensor:
-    """A (batch,) mask shaped to broadcast against x (batch, *event)."""
-    return mask.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-# --- the coordinates a solve happens in
-
-
-@dataclass(frozen=True)
-class Clock:
-    """The (u, z) of one solve: a bound chart's, or (t, x) itself."""
-
-    task: Task
-    bound: BoundChart | None
-
-    @classmethod
-    def of(cls, task: Task, chart: Chart) -> Clock:
-        """The chart's coordinates on equations with a prediction, else t.
-
-        Raises:
-            InvalidInput: the clock or the scale is infinite at an end of the interval.
-        """
-        process = task.equation.process
-        if task.equation.predict is None or process is None or isinstance(chart, PlainTime):
-            return cls(task, None)
-        bound = chart.bind(process)
-        for t in (task.start, task.stop):
-            if not bool(bound.u(t).isfinite() & bound.m(t).isfinite()):
-                raise InvalidInput(
-                    f"{chart!r} does not reach t={t} (α or σ is 0 there); write chart=StraightLine(), or another "
-                    "start and stop"
-                )
-        return cls(task, bound)
-
-    def u(self, t: Tensor) -> Tensor:
-        """The clock at times t."""
-        return t if self.bound is None else self.bound.u(t)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """z of the start state."""
-        return x if self.bound is None else self.bound.to_chart(self.task.start, x)
-
-    def t(self, u: Tensor) -> Tensor:
-        """Times at which the clock shows u."""
-        return u if self.bound is None else self.bound.t(u)
-
-    def leave(self, t: Time, z: Tensor) -> Tensor:
-        """x of z at time t, one for all or one a sample."""
-        return z if self.bound is None else self.bound.from_chart(t, z)
-
-    def drift(self, u: Tensor, z: Tensor) -> Tensor:
-        """dz/du, (batch, *event); the network sees the state's own dtype."""
-        equation, state = self.task.equation, z.to(self.task.x.dtype)
-        if self.bound is None:
-            return equation.drift(u, state).to(z.dtype)
-        assert equation.predict is not None
-        return self.bound.drift(equation.predict, u, state, equation.eta).to(z.dtype)
-
-    def diffusion(self, u: Tensor, z: Tensor) -> Tensor:
-        """Noise amplitude of z per √|du|, shaped as the equation's noise says."""
-        equation = self.task.equation
-        if self.bound is None:
-            return equation.diffusion(u, z.to(self.task.x.dtype)).to(z.dtype)
-        return expand(as_time(self.bound.diffusion(u, equation.eta), z.device), z)
-
-
 # --- what happens around the steps
-
-
-class _Stop(Exception):
-    def __init__(self, status: Status):
-        super().__init__(status.name)
-        self.status = status
 
 
 class Watch:
@@ -434,13 +331,13 @@ class Watch:
             self._judge()
             h = float(dt)
             if not math.isfinite(h) or self.at + h == self.at:
-                raise _Stop(Status.STEP_UNDERFLOW)
+                raise Stopped(Status.STEP_UNDERFLOW)
             if self.attempts >= self.solver.max_steps:
-                raise _Stop(Status.MAX_STEPS)
+                raise Stopped(Status.MAX_STEPS)
         else:
             self.accepted += ~self.dead
         if bool(self.dead.all()):
-            raise _Stop(Status.NON_FINITE)
+            raise Stopped(Status.NON_FINITE)
         self.attempts += 1
         for i, u in enumerate(self.outputs):
             if i not in self.kept and u == self.at:

@@ -8,15 +8,11 @@ which is exact. docs/backends.md lists every pitfall with its cure.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torchsde
 from torch import Tensor
 from torchsde._core import methods as library
 from torchsde._core.adaptive_stepping import update_step_size
@@ -25,25 +21,33 @@ from torchsde._core.base_sde import ForwardSDE as LibrarySDE
 from sdeflow.brownian import BrownianPath
 from sdeflow.charts import Chart, Trigonometric
 from sdeflow.counting import CallLimitReached
-from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformLogSNR, UniformTime
 from sdeflow.processes import as_time
 from sdeflow.random import standard_normal
 from sdeflow.solution import Status
-from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
-from sdeflow.solvers.torchdiffeq import (
+from sdeflow.solvers.backends import (
     PATIENCE,
     Clock,
+    Stopped,
+    accept_nodes,
     check_limit,
     check_method,
     check_steps,
     check_tolerances,
     rows,
 )
+from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
+from sdeflow.solvers.torchsde_equation import (
+    AdditiveEquation,
+    TorchsdeEquation,
+    along,
+    library_interval,
+    stepwise,
+)
 
-STEP_STREAM, JUMP_STREAM = 2, 3
-"""Random streams of the steps, and of the one that leaves α = 0, apart from those of priors, data and paths."""
+JUMP_STREAM = 3
+"""Random stream of the step that leaves α = 0, apart from those of steps, priors, data and paths."""
 LOWEST = -6.0
 """λ to which that step goes where the grid is a rule: its error is of order α² = e^{−12}."""
 
@@ -126,10 +130,7 @@ class TorchSDE(Solver):
 
     def __post_init__(self) -> None:
         check_method("TorchSDE", self.method, METHODS, REFUSED)
-        if self.grid is not None and not isinstance(self.grid, Grid):
-            object.__setattr__(self, "grid", Nodes(self.grid))
-        if isinstance(self.grid, Nodes) and self.steps is None:
-            object.__setattr__(self, "steps", self.grid.steps)
+        accept_nodes(self)
         if self.dt is not None:
             if self.steps is not None or self.grid is not None:
                 raise InvalidInput("dt and steps (or grid) both place the steps; leave one of them out")
@@ -182,178 +183,7 @@ class TorchSDE(Solver):
         return _Run(self, task).go()
 
 
-# --- an equation as torchsde sees it
-
-
-class TorchsdeEquation:
-    """f, g, noise_type and sde_type on a forward clock: what `torchsde.sdeint` takes. Made by `as_torchsde`.
-
-    f(s, y) and g(s, y) with y (batch, d). The last drifts are remembered by (s, y itself), because srk asks for the same
-    one several times; the count of evaluations is what is really evaluated.
-    """
-
-    def __init__(
-        self,
-        drift: Callable[[Tensor, Tensor], Tensor],
-        diffusion: Callable[[Tensor, Tensor], Tensor],
-        noise_type: str,
-        sde_type: str,
-        sign: float,
-        event: tuple[int, ...] | None,
-    ):
-        self.noise_type, self.sde_type = noise_type, sde_type
-        self._drift, self._diffusion, self._sign, self._event = drift, diffusion, sign, event
-        self._memo: deque[tuple[float, Tensor, Tensor]] = deque(maxlen=4)
-
-    def _state(self, y: Tensor) -> Tensor:
-        return y if self._event is None else y.reshape(-1, *self._event)
-
-    def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """The drift along the forward clock, (batch, d)."""
-        at = float(s)
-        for known, state, value in self._memo:
-            if state is y and known == at:
-                return value
-        value = (self._sign * self._drift(self._sign * s, self._state(y))).reshape(y.shape)
-        self._memo.append((at, y, value))
-        return value
-
-    def g(self, s: Tensor, y: Tensor) -> Tensor:
-        """The diffusion: (batch, d) for diagonal noise, (batch, d, m) for others."""
-        value = self._diffusion(self._sign * s, self._state(y))
-        if self.noise_type == "general":
-            return value.expand(y.shape[0], *value.shape[-2:])
-        state = self._state(y)
-        value = value.expand(state.shape).reshape(y.shape)
-        return value[..., None] if self.noise_type == "scalar" else value
-
-
-class _Additive(TorchsdeEquation):
-    """Additive noise without its (batch, d, d) matrix: the same g on the diagonal, known by its products alone."""
-
-    def g_prod(self, s: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        value = self._diffusion(self._sign * s, self._state(y))
-        return (value * self._state(v)).reshape(y.shape)
-
-
-def as_torchsde(
-    equation: Equation,
-    backward: bool | None = None,
-    event: tuple[int, ...] | None = None,
-    sde_type: Literal["ito", "stratonovich"] | None = None,
-) -> TorchsdeEquation:
-    """An SDE as the object `torchsde.sdeint` solves; on the clock s = −t if it runs from large t to small.
-
-    Additive noise is told as diagonal, which every method of the library takes without a bm.
-
-    Args:
-        equation: an equation with noise.
-        backward: whether t decreases; default: as the equation's own start and stop say, else forward.
-        event: the event's shape where it is not flat; states are then (batch, prod(event)).
-        sde_type: "stratonovich" for the methods that need it, on additive noise only; default the equation's calculus.
-
-    Raises:
-        InvalidInput: the equation has no noise, or another calculus would change its meaning.
-
-    Example:
-        >>> torchsde.sdeint(sf.as_torchsde(sf.ReverseSDE(predict)), noise, torch.tensor([-1.0, -1e-3]), dt=0.01, method="srk")
-    """
-    if not isinstance(equation, Equation) or not equation.stochastic:
-        raise InvalidInput(f"as_torchsde needs an equation with noise; got {equation!r}. ODEs go to torchdiffeq.odeint")
-    if sde_type is not None and sde_type != equation.calculus and equation.noise != "additive":
-        raise InvalidInput(
-            f"{equation!r} is {equation.calculus}; with noise that depends on the state it is another equation as {sde_type}"
-        )
-    if backward is None:
-        backward = equation.start is not None and equation.stop is not None and equation.start > equation.stop
-    kind = "diagonal" if equation.noise == "additive" else equation.noise
-    sign = -1.0 if backward else 1.0
-    return TorchsdeEquation(equation.drift, equation.diffusion, kind, sde_type or equation.calculus, sign, event)
-
-
-# --- noise
-
-
-class _Noise(torchsde.BaseBrownian):
-    """Increments as torchsde asks for them: W over [ta, tb], and U = h(W/2 + H) = ∫(w − w(ta)) du on demand."""
-
-    def __init__(
-        self, draw: Callable[[float, float, bool], tuple[Tensor, Tensor | None]], shape: tuple[int, int], like: Tensor
-    ):
-        self._draw, self._shape, self._like = draw, torch.Size(shape), like
-
-    def __call__(self, ta, tb=None, return_U=False, return_A=False):
-        ta, tb = (0.0, float(ta)) if tb is None else (float(ta), float(tb))
-        W, H = self._draw(ta, tb, return_U)
-        return W if H is None else (W, (0.5 * W + H) * (tb - ta))
-
-    def __repr__(self) -> str:
-        return f"_Noise{tuple(self._shape)}"
-
-    @property
-    def dtype(self):
-        return self._like.dtype
-
-    @property
-    def device(self):
-        return self._like.device
-
-    @property
-    def shape(self):
-        return self._shape
-
-    @property
-    def levy_area_approximation(self):
-        return "space-time"
-
-
-def _along(path: Any, sign: float, shape: tuple[int, int], like: Tensor) -> _Noise:
-    """The noise of a path: increment(s, t) → (W, H), in the clock u = sign·s."""
-
-    def draw(ta: float, tb: float, area: bool) -> tuple[Tensor, Tensor | None]:
-        W, H = (v.reshape(shape).to(like) for v in path.increment(sign * ta, sign * tb))
-        return W, H if area else None
-
-    return _Noise(draw, shape, like)
-
-
-def _stepwise(seeds: Tensor, s: Tensor, shape: tuple[int, int], like: Tensor) -> _Noise:
-    """Independent normals for the steps of a grid, keyed by (seed, number of the step)."""
-    number = {at: n for n, at in enumerate(s.tolist())}
-
-    def draw(ta: float, tb: float, area: bool) -> tuple[Tensor, Tensor | None]:
-        z = standard_normal(
-            seeds, (2 if area else 1, shape[1]), number[ta], STEP_STREAM, dtype=like.dtype, device=like.device
-        ) * math.sqrt(tb - ta)
-        return z[:, 0], z[:, 1] / math.sqrt(12.0) if area else None
-
-    return _Noise(draw, shape, like)
-
-
-def _interval(task: Task, s: Tensor, channels: int, like: Tensor, levy: str) -> torchsde.BrownianInterval:
-    seeds = task.seeds
-    assert seeds is not None
-    digest = hashlib.blake2b(seeds.cpu().numpy().tobytes(), digest_size=8).digest()
-    step = ((s[-1] - s[0]) / (s.numel() - 1)).item()
-    return torchsde.BrownianInterval(
-        t0=s[0].item(),
-        t1=s[-1].item(),
-        size=(task.batch, channels),
-        dtype=like.dtype,
-        device=like.device,
-        entropy=int.from_bytes(digest, "little"),
-        dt=step,
-        levy_area_approximation=levy,
-    )
-
-
 # --- the loop
-
-
-class _Stopped(Exception):
-    def __init__(self, status: Status):
-        super().__init__(status.name)
-        self.status = status
 
 
 class _Run:
@@ -386,7 +216,7 @@ class _Run:
                 self._walk(nodes)
         except CallLimitReached:
             self._give_up(Status.MAX_STEPS)
-        except _Stopped as stop:
+        except Stopped as stop:
             self._give_up(stop.status)
         x, states = self._state(), None
         if self.outputs:
@@ -469,9 +299,9 @@ class _Run:
                 to = end if cut else at + h
                 middle = 0.5 * (at + to)
                 if attempts >= solver.max_steps:
-                    raise _Stopped(Status.MAX_STEPS)
+                    raise Stopped(Status.MAX_STEPS)
                 if not bool((middle > at) & (to > middle)):
-                    raise _Stopped(Status.STEP_UNDERFLOW)
+                    raise Stopped(Status.STEP_UNDERFLOW)
                 attempts += 1
                 full, _ = method.step(at, to, self.y, ())
                 half, _ = method.step(at, middle, self.y, ())
@@ -524,7 +354,7 @@ class _Run:
         self.status = torch.where(bad & ~self.dead, int(Status.NON_FINITE), self.status)
         self.dead = self.dead | bad
         if bool(self.dead.all()):
-            raise _Stopped(Status.NON_FINITE)
+            raise Stopped(Status.NON_FINITE)
 
     def _reached(self, t: float) -> None:
         for wanted in self.outputs:
@@ -545,21 +375,21 @@ class _Run:
         """The library's solver object for this equation, clock and noise."""
         equation, known = task.equation, METHODS[self.solver.method]
         calculus = equation.calculus if equation.calculus in known.calculus else known.calculus[0]
-        kind = _Additive if equation.noise == "additive" else TorchsdeEquation
+        kind = AdditiveEquation if equation.noise == "additive" else TorchsdeEquation
         sde = kind(clock.drift, clock.diffusion, equation.noise, calculus, sign, tuple(task.x.shape[1:]))
         channels = {"scalar": 1, "general": -1}.get(equation.noise, self.y.shape[1])
         if channels < 0:
             channels = sde.g(s[0], self.y).shape[-1]
         shape = (task.batch, channels)
         if task.path is not None:
-            bm = _along(task.path, sign, shape, self.y)
+            bm = along(task.path, sign, shape, self.y)
         elif known.levy == "foster":
-            bm = _interval(task, s, channels, self.y, known.levy)
+            bm = library_interval(task, s, channels, self.y, known.levy)
         elif self.solver.adaptive:
             assert task.seeds is not None
-            bm = _along(BrownianPath(task.seeds, (channels,), self.y.dtype), sign, shape, self.y)
+            bm = along(BrownianPath(task.seeds, (channels,), self.y.dtype), sign, shape, self.y)
         else:
             assert task.seeds is not None
-            bm = _stepwise(task.seeds, s, shape, self.y)
+            bm = stepwise(task.seeds, s, shape, self.y)
         settings = {"dt": 0.0, "adaptive": False, "rtol": 0.0, "atol": 0.0, "dt_min": 0.0, "options": {}}
         return library.select(method=self.solver.method, sde_type=calculus)(sde=LibrarySDE(sde), bm=bm, **settings)
