@@ -14,6 +14,7 @@ from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
 from sdeflow.solvers.control import Attempt, Flow, News, Trace, check_tolerances, drive, rms
+from sdeflow.solvers.stochastic_adams_stepper import Control, check_control, integrate_noisy
 
 MAX_ORDER = 12
 SAFETY = 0.55
@@ -53,6 +54,9 @@ class Adams(Solver):
         error_estimate: solve a second time, 2.5 times more loosely, and report the difference over 1.5 as each sample's
             estimated error. Evaluations of both are counted.
         pece: evaluate again after correcting. Costs twice and, on the problems measured, gains less.
+        control: on a `ReverseSDE` with η > 0, which error the tolerance is of: "weak", of the law, or "strong", of the path; see
+            `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 4, and dense, error_estimate and pece are
+            not to be had.
 
     Reference: Krogh 1969; Shampine & Gordon 1975. Weights are computed for every sample's own nodes by Newton's
     divided differences and Gauss quadrature, exact for these polynomials.
@@ -67,11 +71,13 @@ class Adams(Solver):
     pece: bool = False
     dense: bool = False
     error_estimate: bool = False
+    control: Control = "weak"
 
     def __post_init__(self) -> None:
         check_tolerances("Adams", self.rtol, self.atol, self.max_steps)
         if not isinstance(self.max_order, int) or not 1 <= self.max_order <= MAX_ORDER:
             raise InvalidInput(f"max_order must be an integer from 1 to {MAX_ORDER}; got {self.max_order!r}")
+        check_control(self.control)
 
     @property
     def facts(self) -> Facts:
@@ -82,12 +88,14 @@ class Adams(Solver):
             weak=None,
             evaluations=None,
             adaptive=True,
-            noise=("none",),
+            noise=("none", "additive"),
             face="drift",
             reference="Shampine & Gordon 1975",
         )
 
     def integrate(self, task: Task) -> Outcome:
+        if task.equation.stochastic:
+            return integrate_noisy(self, task)
         flow = Flow.of(task, self.chart, one_time=self.coupled)
         stepper = AdamsStepper(flow, self.max_order, self.pece, self.coupled, task.gradients)
         outcome = drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)

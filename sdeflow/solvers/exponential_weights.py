@@ -120,7 +120,8 @@ def linear_noise(s: Points, t: Points) -> Linear:
 
 
 @lru_cache
-def _gauss(n: int) -> tuple[Array, Array]:
+def gauss(n: int) -> tuple[Array, Array]:
+    """Gauss–Legendre nodes and weights on [0, 1], exact to degree 2n − 1."""
     x, w = np.polynomial.legendre.leggauss(n)
     return 0.5 * (x + 1.0), 0.5 * w
 
@@ -133,7 +134,7 @@ def moments(s: Points, t: Points, form: Form, clock: Callable[[Array], Array], p
         clock: u as a function of λ, finite at both ends.
         eta: the noise, of these n steps.
     """
-    x, w = _gauss(32)
+    x, w = gauss(32)
     lam_t, h = t.lam[:, None], (t.lam - s.lam)[:, None]
     finite = np.isfinite(h)
     # from λ = −∞ the variable e^{λ−λ_t} in [0, 1] is regular, and e^{−(λ_t−λ)} dλ is its differential
