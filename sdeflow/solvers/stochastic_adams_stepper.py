@@ -114,6 +114,8 @@ class ExactStep:
         a, b: (n,).
         begin, end: τ_s and τ_t, (n,).
         noise: ν, the standard deviation of b (M(τ_t) − M(τ_s)), (n,).
+        largest: that of the noise so far at the end or half-way, whichever is more: towards σ = 0 the noise dies out, (n,).
+        blind: whether it goes to σ = 0 from more than 2ℓ: D = x there, so it would check nothing, (n,) bool.
         nodes: the clock at the quadrature points, in units of the step: (POINTS, n).
         measure: their weights, (POINTS, n).
     """
@@ -123,6 +125,8 @@ class ExactStep:
     begin: Tensor
     end: Tensor
     noise: Tensor
+    largest: Tensor
+    blind: Tensor
     nodes: Tensor
     measure: Tensor
 
@@ -138,13 +142,18 @@ class ExactStep:
         # ρ = ρ_t (ω/A_t)^{−1/(1+η²)}; to σ = 0 it is 0 throughout
         rho = rho_t * (1.0 - (1.0 - x) * lost) ** (-1.0 / (1.0 + eta2))
         one = torch.ones_like(rho)
+        middle = flow.rho(0.5 * (s + t))
+        half_way = _sine(middle, c) * (-torch.expm1(-2.0 * eta2 * (rho_s / middle).log())).sqrt()
+        noise = S_t * (-torch.expm1(-2.0 * eta2 * h)).sqrt()
         return ExactStep(
             a=S_t / S_s * (-eta2 * h).exp(),
             b=S_t * (-eta2 * lam_t).exp(),
             begin=(2.0 * eta2 * lam_s).exp(),
             # where σ = 0 the noise is gone, and any τ does that the path can reach
             end=(2.0 * eta2 * lam_t).clamp_max(LARGEST).exp(),
-            noise=S_t * (-torch.expm1(-2.0 * eta2 * h)).sqrt(),
+            noise=noise,
+            largest=torch.maximum(noise, half_way),
+            blind=(rho_t == 0.0) & (rho_s > 2.0 * flow.low),
             nodes=(flow.clock(rho, one) - s) / (t - s),
             measure=w * A_t * lost,
         )
@@ -205,10 +214,11 @@ class StochasticAdamsStepper(NoDense):
 
     and s_k is truncation. That falls with the order and the noise grows, so r_{k+1} is taken for noise, κ is averaged over the tries,
     and of r_k only what exceeds the noise by two standard deviations is s_k. In the step itself ξ should have the weight W/2 (W =
-    ∫dω) and has γ_k, and ξ_j should have W and lacks the weight of the nodes behind it, e_j. The local error:
+    ∫dω) and has γ_k, and ξ_j should have W and lacks the weight of the nodes behind it, e_j.
+    The local error, ν̄ being the larger of ν and its value half-way:
 
-        "strong": (η_k² s_k² + κ²[W²ν²/12 + (γ_k − W/2)²ν² + Σ e_j²ν_j²])^½: the path between the nodes is not known;
-        "weak":   |η_k| s_k + (κ|(γ_k − W/2)ν² − Σ e_jν_j²| + κ²W²ν²/24)/|z|: half the relative error of the variance; even steps leave
+        "strong": (η_k² s_k² + κ²[W²ν̄²/12 + (γ_k − W/2)²ν² + Σ e_j²ν_j²])^½: the path between the nodes is not known;
+        "weak":   |η_k| s_k + (κ|(γ_k − W/2)ν² − Σ e_jν_j²| + κ²W²ν̄²/24)/|z|: half the relative error of the variance; even steps leave
                   the second term alone (docs/weak.md), 9 times as large at order 1.
     """
 
@@ -256,20 +266,22 @@ class StochasticAdamsStepper(NoDense):
         seen = torch.where(known, size[2].square() / (B[2] * nu2), torch.nan)
         kappa2 = torch.where(known, 0.5 * (seen + torch.where(self.kappa2.isnan(), seen, self.kappa2)), self.kappa2)
         delta2 = torch.where(kappa2.isnan(), size[1].square(), kappa2 * nu2)
+        inside = torch.where(kappa2.isnan(), delta2, kappa2 * step.largest.square())  # κ²ν̄²
         threshold = torch.where(kappa2.isnan(), 0.0, (1.0 + 2.0 * math.sqrt(2.0 / z.shape[1])) * delta2)
         smooth = near.eta.abs() * (size.square() - B * threshold).clamp_min(0.0).sqrt()
         held = near.rows[0] - gamma * near.rows[2]
         lack = (held.sum(0) - held.cumsum(0))[: len(history)]
         if self.control == "strong":
-            blind = (W.square() / 12.0 + (gamma - 0.5 * W).square()) + (lack.square() * history).sum(0) / nu2
-            error, power = (smooth.square() + blind * delta2).sqrt(), torch.ones_like(smooth)
+            uneven = (gamma - 0.5 * W).square() + (lack.square() * history).sum(0) / nu2
+            error = (smooth.square() + W.square() * inside / 12.0 + uneven * delta2).sqrt()
+            power = torch.ones_like(smooth)
         else:
             lopsided = ((gamma - 0.5 * W) * nu2 - (lack * history).sum(0)).abs() * (delta2 / nu2).sqrt()
-            even = torch.where(order == 1, 9.0, 1.0) * W.square() * delta2 / 24.0
+            even = torch.where(order == 1, 9.0, 1.0) * W.square() * inside / 24.0
             error = smooth + (lopsided + even) / rms(z.detach()).clamp_min(self.flow.c)
             power = order + 0.5
         self.tried = kappa2
-        error = error / allowed
+        error = torch.where(step.blind, 2.0, error / allowed)
         factor = torch.where(possible, SAFETY * error.clamp_min(1e-12) ** (-1.0 / power), 0.0).nan_to_num(nan=0.0)
         ok = error[1] <= 1.0
         best, which = torch.where(ok | (order <= self.k), factor, 0.0).max(0)
@@ -302,7 +314,9 @@ def check_control(control: object) -> None:
         InvalidInput: so it is.
     """
     if control not in ("strong", "weak"):
-        raise InvalidInput(f'control must be "strong" (error on the path) or "weak" (error of the law); got {control!r}')
+        raise InvalidInput(
+            f'control must be "strong" (error on the path) or "weak" (error of the law); got {control!r}'
+        )
 
 
 def integrate_noisy(solver: Adams, task: Task) -> Outcome:

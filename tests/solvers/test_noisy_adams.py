@@ -65,7 +65,7 @@ def test_the_exact_step_is_the_solution_for_constant_data(eta):
     assert (step.a * A_s + step.measure.sum(0)).item() == pytest.approx(A_t.item(), rel=1e-12)
     assert (step.b * (step.end - step.begin).sqrt()).item() == pytest.approx(step.noise.item(), rel=1e-10)
     # the rows integrate polynomials in the clock exactly
-    nodes = torch.tensor([[0.0], [-0.7], [-1.9]], dtype=F64)
+    nodes = torch.tensor([[0.0], [-0.7], [-1.9], [-2.5]], dtype=F64)
     got = weights(nodes, torch.tensor([3]), step)
     for power in range(3):
         assert (got.rows[0][:, 0] * nodes[:, 0] ** power).sum().item() == pytest.approx(
@@ -106,12 +106,16 @@ def test_every_sample_goes_its_own_way_and_a_bad_one_alone():
     torch.testing.assert_close(run.x[2:3], one.x, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("process", [sf.EDM(), sf.RectifiedFlow(), sf.RectifiedFlow(t_min=0.0), sf.CosineVP()], ids=repr)
+@pytest.mark.parametrize(
+    "process", [sf.EDM(), sf.RectifiedFlow(), sf.RectifiedFlow(t_min=0.0), sf.CosineVP()], ids=repr
+)
 def test_it_runs_on_every_process_from_end_to_end(process):
     problem = sf.problems.gaussian(mean=[0.3], std=[0.5])
     mean, cov = problem.moments(process, process.t_max)
     x = mean + cov.sqrt() * torch.randn(400, 1, dtype=F64, generator=torch.Generator().manual_seed(0))
-    run = sf.solve(sf.ReverseSDE(problem.prediction(process, "flow"), eta=0.7), sf.Adams(rtol=1e-2, atol=1e-2), x, seed=0)
+    run = sf.solve(
+        sf.ReverseSDE(problem.prediction(process, "flow"), eta=0.7), sf.Adams(rtol=1e-2, atol=1e-2), x, seed=0
+    )
     right = problem.moments(process, process.t_min)[1].item()
     assert abs(run.x.var().item() / right - 1.0) < 4 * math.sqrt(2.0 / 400) and bool(run.success.all())
 
