@@ -9,6 +9,7 @@ which is exact. docs/backends.md lists every pitfall with its cure.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,9 +36,11 @@ from sdeflow.solvers.backends import (
     check_method,
     check_steps,
     check_tolerances,
+    parameters_of,
     rows,
 )
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
+from sdeflow.solvers.torchsde_adjoint import Adjoint, Trace, by_adjoint
 from sdeflow.solvers.torchsde_equation import (
     AdditiveEquation,
     TorchsdeEquation,
@@ -105,6 +108,11 @@ class TorchSDE(Solver):
         chart: None for `Trigonometric()` on diffusion equations and t on all others; `PlainTime()` for t on all.
         max_steps: attempted steps of an adaptive solve, after which samples end as MAX_STEPS.
         max_evaluations: network calls, likewise; default no limit.
+        adjoint: with `solve(..., gradients=True)`, gradients by torchsde's adjoint SDE on the steps of the solve, in memory
+            that does not grow with their number; they converge to plain autograd's as the steps shrink. y is solved back
+            from the outputs, which loses what the equation has forgotten: more `save_at` times hold it closer. The
+            adjoint's calls happen in backward() and are not counted.
+        adjoint_params: parameters whose gradients the adjoint gives; default those of the network.
 
     Where a solve begins at α = 0 (rectified flow at t = 1), the reverse SDE forgets its state at once: the first step is
     x = αD + σε, exact as long as D is constant; its error is O(α²).
@@ -127,6 +135,8 @@ class TorchSDE(Solver):
     chart: Chart | None = None
     max_steps: int = 100_000
     max_evaluations: int | None = None
+    adjoint: bool = False
+    adjoint_params: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         check_method("TorchSDE", self.method, METHODS, REFUSED)
@@ -198,6 +208,7 @@ class _Run:
         self.status, self.accepted, self.rejected = task.constant(0), task.constant(0), task.constant(0)
         self.dead = torch.zeros_like(self.status, dtype=torch.bool)
         self.saved: dict[float, Tensor] = {}
+        self.trace: Trace | None = None
         self.clock = Clock(task, None)
         self.t = torch.full(self.dead.shape, task.start, dtype=as_time(0.0, task.x.device).dtype, device=task.x.device)
         # half-precision states are summed in float32; the network sees their own dtype
@@ -265,7 +276,7 @@ class _Run:
         seeds = task.path.seeds if task.seeds is None else task.seeds
         noise = standard_normal(seeds, self.y.shape[1:], stream=JUMP_STREAM, dtype=self.y.dtype, device=self.y.device)
         mean = predict.combine(task.x, task.start, process.alpha(t), 0.0).flatten(1)
-        self._arrive(mean + process.sigma(t).item() * noise, t)
+        self._arrive(mean + process.sigma(t).item() * noise, t, None)
 
     def _walk(self, nodes: Tensor) -> None:
         task = replace(self.task, start=nodes[0].item(), x=self._state())
@@ -279,14 +290,40 @@ class _Run:
             )
         self.y = clock.enter(self.y.reshape(task.x.shape)).flatten(1)
         self.clock, self.t = clock, torch.full_like(self.t, task.start)
-        method = self._method(task, clock, sign, s)
-        if self.solver.adaptive:
-            self._choose_steps(method, s, sign, nodes)
-            return
-        for n, t in enumerate(nodes[1:].tolist()):
-            y, _ = method.step(s[n], s[n + 1], self.y, ())
-            self._arrive(y, t)
-            self._tell((n + 1) / (nodes.numel() - 1))
+        adjoint, method = self._method(task, clock, sign, s)
+
+        def walk() -> None:
+            if self.solver.adaptive:
+                self._choose_steps(method, s, sign, nodes)
+                return
+            for n, t in enumerate(nodes[1:].tolist()):
+                y, _ = method.step(s[n], s[n + 1], self.y, ())
+                self._arrive(y, t, s[n + 1 : n + 2])
+                self._tell((n + 1) / (nodes.numel() - 1))
+
+        if self.solver.adjoint and task.gradients:
+            self._keep_ends(walk, adjoint, s[0])
+        else:
+            walk()
+
+    def _keep_ends(self, walk: Callable[[], None], adjoint: Adjoint, first: Tensor) -> None:
+        """Walk without a graph; what is given out is differentiated by the adjoint."""
+        params = parameters_of(self.task) if self.solver.adjoint_params is None else self.solver.adjoint_params
+        start, trace = self.y, Trace([first])
+
+        def traced() -> Trace:
+            self.y, self.trace = start.detach(), trace
+            walk()
+            if not trace.given or trace.given[-1] != len(trace.s) - 1:
+                trace.give(self.y, self.dead, None)
+            return trace
+
+        states = by_adjoint(traced, adjoint, start, params)
+        self.y, self.trace = states[-1], None
+        for t, dead, y in zip(trace.times, trace.dead, states, strict=True):
+            if t is not None:
+                x = self.clock.leave(t, y.reshape(self.task.x.shape)).to(self.task.x.dtype)
+                self.saved[t] = torch.where(rows(dead, x), math.nan, x)
 
     def _choose_steps(self, method: Any, s: Tensor, sign: float, nodes: Tensor) -> None:
         """torchsde's adaptive rule: one step against two halves."""
@@ -323,7 +360,7 @@ class _Run:
                     continue
                 h = max(h, proposed) if cut else proposed
                 at = to
-                self._arrive(half, t if cut else self.clock.t(sign * at).item(), cut)
+                self._arrive(half, t if cut else self.clock.t(sign * at).item(), torch.stack([middle, to]), cut)
                 self._tell(((at - s[0]) / (s[-1] - s[0])).item())
 
     @torch.no_grad()
@@ -338,8 +375,10 @@ class _Run:
         z = self.y.reshape(self.task.x.shape)
         return self.clock.leave(self.t, z).to(self.task.x.dtype)
 
-    def _arrive(self, y: Tensor, t: float, node: bool = True) -> None:
-        """The samples step to y at t; those for which it is not finite stay, and fail."""
+    def _arrive(self, y: Tensor, t: float, s: Tensor | None, node: bool = True) -> None:
+        """The samples step to y at t, by way of the clock's s; those for which it is not finite stay, and fail."""
+        if self.trace is not None and s is not None:
+            self.trace.s.extend(s)
         self.accepted += ~self.dead
         bad = ~finite_rows(y) & ~self.dead
         self._bury(bad)
@@ -361,6 +400,8 @@ class _Run:
             if abs(wanted - t) <= 1e-12 * abs(self.task.stop - self.task.start):
                 x = self._state()
                 self.saved[wanted] = torch.where(rows(self.dead, x), math.nan, x)
+                if self.trace is not None:
+                    self.trace.give(self.y, self.dead, wanted)
 
     def _give_up(self, status: Status) -> None:
         self.status = torch.where(self.dead, self.status, int(status))
@@ -371,12 +412,14 @@ class _Run:
 
     # --- the library's stepper
 
-    def _method(self, task: Task, clock: Clock, sign: float, s: Tensor) -> Any:
-        """The library's solver object for this equation, clock and noise."""
+    def _method(self, task: Task, clock: Clock, sign: float, s: Tensor) -> tuple[Adjoint, Any]:
+        """The equation's adjoint and the library's solver object for this equation, clock and noise."""
         equation, known = task.equation, METHODS[self.solver.method]
         calculus = equation.calculus if equation.calculus in known.calculus else known.calculus[0]
         kind = AdditiveEquation if equation.noise == "additive" else TorchsdeEquation
-        sde = kind(clock.drift, clock.diffusion, equation.noise, calculus, sign, tuple(task.x.shape[1:]))
+        parts = clock.drift, clock.diffusion, equation.noise
+        event = tuple(task.x.shape[1:])
+        sde = kind(*parts, calculus, sign, event)
         channels = {"scalar": 1, "general": -1}.get(equation.noise, self.y.shape[1])
         if channels < 0:
             channels = sde.g(s[0], self.y).shape[-1]
@@ -392,4 +435,8 @@ class _Run:
             assert task.seeds is not None
             bm = stepwise(task.seeds, s, shape, self.y)
         settings = {"dt": 0.0, "adaptive": False, "rtol": 0.0, "atol": 0.0, "dt_min": 0.0, "options": {}}
-        return library.select(method=self.solver.method, sde_type=calculus)(sde=LibrarySDE(sde), bm=bm, **settings)
+        # graphs must not be remembered from one backward step to the next
+        adjoint = Adjoint(lambda calculus: kind(*parts, calculus, sign, event, 0), equation.noise, calculus, bm)
+        return adjoint, library.select(method=self.solver.method, sde_type=calculus)(
+            sde=LibrarySDE(sde), bm=bm, **settings
+        )

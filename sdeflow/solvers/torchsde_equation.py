@@ -36,10 +36,11 @@ class TorchsdeEquation:
         sde_type: str,
         sign: float,
         event: tuple[int, ...] | None,
+        remembered: int = 4,
     ):
         self.noise_type, self.sde_type = noise_type, sde_type
         self._drift, self._diffusion, self._sign, self._event = drift, diffusion, sign, event
-        self._memo: deque[tuple[float, Tensor, Tensor]] = deque(maxlen=4)
+        self._memo: deque[tuple[float, Tensor, Tensor]] = deque(maxlen=remembered)
 
     def _state(self, y: Tensor) -> Tensor:
         return y if self._event is None else y.reshape(-1, *self._event)
