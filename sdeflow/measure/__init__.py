@@ -18,6 +18,7 @@ from sdeflow.measure.record import Record, describe, run_key
 from sdeflow.measure.reference import Reference, reference
 from sdeflow.measure.run import Truth, compare, exact_samples, measure, prepare, strong_error
 from sdeflow.measure.statistics import Estimate, bootstrap
+from sdeflow.measure.weak import mean_element, mean_square, weak_errors
 
 __all__ = [
     "Estimate",
@@ -32,6 +33,8 @@ __all__ = [
     "energy_distance_estimate",
     "exact_moments",
     "exact_samples",
+    "mean_element",
+    "mean_square",
     "measure",
     "moment_deviation",
     "moment_error",
@@ -46,4 +49,5 @@ __all__ = [
     "sliced_wasserstein",
     "sliced_wasserstein_estimate",
     "strong_error",
+    "weak_errors",
 ]
