@@ -55,7 +55,7 @@ class Adams(Solver):
             estimated error. Evaluations of both are counted.
         pece: evaluate again after correcting. Costs twice and, on the problems measured, gains less.
         control: on a `ReverseSDE` with η > 0, which error the tolerance is of: "weak", of the law, or "strong", of the path; see
-            `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 4, and dense, error_estimate and pece are
+            `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 3, and dense, error_estimate and pece are
             not to be had.
 
     Reference: Krogh 1969; Shampine & Gordon 1975. Weights are computed for every sample's own nodes by Newton's

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from sdeflow.solvers.adams import Adams
 
 Control = Literal["strong", "weak"]
-HIGHEST = 4
+HIGHEST = 3
 """Nodes of the predictor: noise in D makes more of them worse, not better."""
-SAFETY = 0.7
-GROW, KEEP, SHRINK = 2.0, 0.5, 0.2
+SAFETY = 0.5
+GROW, KEEP, SHRINK = 1.4, 0.7, 0.2
+"""Bounds on the step's change. Even steps leave the smallest error of the law, so an accepted step changes it little."""
 POINTS = 10
 """Of the quadrature over ω."""
 LARGEST = 55.0

@@ -7,13 +7,14 @@ import torch
 
 import sdeflow as sf
 from sdeflow.brownian import BrownianPath
+from sdeflow.solvers import stochastic_adams_stepper
 from sdeflow.solvers.stochastic_adams_stepper import DataFlow, ExactStep, weights
 
 F64 = torch.float64
 VP = sf.VP()
 
 
-def variance_deviation(dim, tolerance=3e-3, total=4000, seed=0):
+def variance_deviation(dim, tolerance=1e-3, total=2000, seed=0):
     """(deviation of the pooled variance in standard errors, share of rejected tries)."""
     problem = sf.problems.gaussian(mean=0.0, std=0.5, dim=dim)
     start, stop = (problem.moments(VP, t)[1][0, 0].item() for t in (VP.t_max, VP.t_min))
@@ -26,7 +27,8 @@ def variance_deviation(dim, tolerance=3e-3, total=4000, seed=0):
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 64])
-def test_the_variance_is_unbiased_though_steps_are_rejected(dim):
+def test_the_variance_is_unbiased_though_steps_are_rejected(dim, monkeypatch):
+    monkeypatch.setattr(stochastic_adams_stepper, "SAFETY", 0.9)  # steps so bold that many are refused
     deviation, rejected = variance_deviation(dim)
     assert rejected > 0.2
     assert abs(deviation) < 3.0
@@ -41,6 +43,7 @@ def test_fresh_noise_after_a_rejection_is_biased(monkeypatch):
         return W, torch.zeros_like(W)
 
     monkeypatch.setattr(BrownianPath, "increment", fresh)
+    monkeypatch.setattr(stochastic_adams_stepper, "SAFETY", 0.9)
     deviation, rejected = variance_deviation(1)
     assert rejected > 0.2
     assert abs(deviation) > 3.0, deviation
