@@ -90,8 +90,9 @@ def draw(cells: dict[str, list[dict]], path: Path) -> None:
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("tolerance")
     panels[0].invert_xaxis()
-    panels[2].legend(fontsize=6, ncol=2)
-    figure.tight_layout()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncol=6, loc="lower center")
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=130)
 
 
