@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
-from sdeflow.grids import Grid, InChart
+from sdeflow.grids import Grid, InChart, UniformLogSNR
 from sdeflow.solvers.base import Facts, Task
 from sdeflow.solvers.exponential_steps import Scheme, Strengths, multistep_plan, points_of, singlestep_plan
 from sdeflow.solvers.exponential_weights import Strength
@@ -196,7 +196,12 @@ class DPMSolverPP(Multistep):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolver(DiffusionMethod):
-    """DPM-Solver 1, 2, 3 of Lu et al. 2022: singlestep, ε̂ as a polynomial in λ, `order` calls a step."""
+    """DPM-Solver 1, 2, 3 of Lu et al. 2022: singlestep, ε̂ as a polynomial in λ, `order` calls a step.
+
+    The default grid is the paper's, uniform in λ, wherever α > 0 and σ > 0. In this form an error δ of D at a step's stage comes
+    out of the step as about e^{h/2} δ (order 2, h the step in λ), and a network that predicts ε̂ has δ = (σ/α)·error near
+    pure noise: grids that leave it in one long step of λ blow the solve up. `DPMSolverPP` interpolates D and does not.
+    """
 
     order: int = 2
 
@@ -208,6 +213,19 @@ class DPMSolver(DiffusionMethod):
     def facts(self) -> Facts:
         o = self.order
         return Facts(f"DPM-Solver-{o}", o, None, None, o, False, ("none",), "diffusion", "Lu et al. 2022a")
+
+    def times(self, task: Task) -> Tensor:
+        process = task.equation.process
+        if self.grid is None and process is not None:
+            ends = (
+                process.alpha(task.start),
+                process.sigma(task.start),
+                process.alpha(task.stop),
+                process.sigma(task.stop),
+            )
+            if all(bool(end > 0) for end in ends):
+                return self.nodes(task, UniformLogSNR())
+        return super().times(task)
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         return singlestep_plan("noise", self.order, task, points_of(task, times, self.denoise))

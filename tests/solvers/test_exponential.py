@@ -200,3 +200,21 @@ def test_one_ancestral_step_is_the_textbook_s(make):
     # the same path moves every state by the same amount, so the mean is met to rounding
     again = sf.solve(equation, solver, x.flip(0), start=t, stop=p, seed=7).x - mean.flip(0)
     assert (again - noise).abs().max() < 1e-10
+
+
+def test_dpm_solver_does_not_leave_pure_noise_in_one_long_step_by_itself():
+    """A network that predicts noise to 2 % says nothing of the data where α ≈ 0: in one long step of λ that is amplified."""
+    process = sf.DiscreteVP.linear()
+    exact = RING.prediction(process, "noise")
+    predict = sf.NoisePrediction(lambda x, t: exact.noise(x, t) + 0.02 * torch.cos(3.0 * x), process)
+    equation, x = sf.ProbabilityFlowODE(predict), process.prior((64, 2), dtype=torch.float64)
+    truth = sf.solve(equation, sf.Adams(rtol=1e-5, atol=1e-5), x).x
+
+    def error(**settings):
+        return (sf.solve(equation, sf.DPMSolver(order=2, steps=8, **settings), x).x - truth).square().mean().sqrt()
+
+    assert error() < 0.5
+    assert error(grid=sf.InChart()) > 5 * error()
+    flow = sf.RectifiedFlow(t_min=0.0)  # α = 0 at one end, σ = 0 at the other: no even steps in λ
+    ends = sf.ProbabilityFlowODE(RING.prediction(flow, "flow"))
+    assert bool(sf.solve(ends, sf.DPMSolver(order=2, steps=8), x).x.isfinite().all())
