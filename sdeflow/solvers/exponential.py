@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
@@ -20,6 +21,9 @@ from sdeflow.solvers.base import Facts, Task
 from sdeflow.solvers.exponential_steps import Scheme, Strengths, multistep_plan, points_of, singlestep_plan
 from sdeflow.solvers.exponential_weights import Strength
 from sdeflow.solvers.linear import LinearMethod, Plan
+
+FARTHEST = 14.0
+"""|λ| up to which steps are even in λ by default: σ/α between 1e-6 and 1e6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +202,8 @@ class DPMSolverPP(Multistep):
 class DPMSolver(DiffusionMethod):
     """DPM-Solver 1, 2, 3 of Lu et al. 2022: singlestep, ε̂ as a polynomial in λ, `order` calls a step.
 
-    The default grid is the paper's, uniform in λ, wherever α > 0 and σ > 0. In this form an error δ of D at a step's stage comes
-    out of the step as about e^{h/2} δ (order 2, h the step in λ), and a network that predicts ε̂ has δ = (σ/α)·error near
+    The default grid is the paper's, uniform in λ, unless an end has (almost) no signal or no noise. In this form an error δ of D at a
+    step's stage comes out of the step as about e^{h/2} δ (order 2, h the step in λ), and a network that predicts ε̂ has δ = (σ/α)·error near
     pure noise: grids that leave it in one long step of λ blow the solve up. `DPMSolverPP` interpolates D and does not.
     """
 
@@ -217,13 +221,9 @@ class DPMSolver(DiffusionMethod):
     def times(self, task: Task) -> Tensor:
         process = task.equation.process
         if self.grid is None and process is not None:
-            ends = (
-                process.alpha(task.start),
-                process.sigma(task.start),
-                process.alpha(task.stop),
-                process.sigma(task.stop),
-            )
-            if all(bool(end > 0) for end in ends):
+            # λ is infinite, or all but, where there is no signal or no noise at all
+            lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
+            if bool((lam.abs() < FARTHEST).all()):
                 return self.nodes(task, UniformLogSNR())
         return super().times(task)
 
