@@ -58,8 +58,8 @@ class Adams(Solver):
             `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 3, and dense, error_estimate and pece are
             not to be had.
 
-    Reference: Krogh 1969; Shampine & Gordon 1975. Weights are computed for every sample's own nodes by Newton's
-    divided differences and Gauss quadrature, exact for these polynomials.
+    Reference: Krogh 1969; Shampine & Gordon 1975. Weights are those of Lagrange's polynomials on every sample's own
+    nodes, integrated by Gauss quadrature, exact for them.
     """
 
     rtol: float = 1e-4
@@ -339,12 +339,12 @@ class AdamsStepper:
             self.young = self.young & (self.k == self.count) & (ok | (self.count == 1))
         self.turns += 1
         news = torch.stack([self.k.amax(), self.young.any(), ~ok.all(), ~(self.error < math.inf).all()])
-        return news, partial(self._heed, ok)
+        return news, partial(self._heed, ok, f)
 
-    def _heed(self, ok: Tensor, news: list[int]) -> None:
+    def _heed(self, ok: Tensor, f: Tensor, news: list[int]) -> None:
         top, starting, refused, broken = news
         if broken:  # 0·NaN is NaN
-            self.F = self._put(self.F, self.spare, torch.where(ok[:, None], self.f, 0.0))
+            self.F = self._put(self.F, self.spare, torch.where(ok[:, None], f, 0.0))
         self.top, self.starting = top, bool(starting)
         if refused or self.refused or self.turns >= MANY:
             self._suspect(ok)

@@ -163,6 +163,21 @@ def test_coupled_uses_one_time_for_all():
     assert (s.evaluations == s.calls).all()
 
 
+def test_a_failing_sample_leaves_the_others_their_second_evaluation():
+    def drift(t, x):
+        t = t.reshape(-1, 1)
+        return torch.where((x > 5) & (t > 0.5), torch.nan, torch.cos(3 * t) * x)
+
+    equation = sf.Equation(drift)
+    x = torch.tensor([[1.0], [10.0], [2.0]], dtype=f64)
+    solver = sf.Adams(rtol=1e-6, atol=1e-6, pece=True)
+    solution = sf.solve(equation, solver, x, start=0.0, stop=2.0, on_failure="return")
+    alone = sf.solve(equation, solver, x[[0, 2]], start=0.0, stop=2.0)
+    assert solution.status.tolist() == [0, 1, 0]
+    assert torch.equal(solution.evaluations[[0, 2]], alone.evaluations)
+    assert (solution.x[[0, 2]] - alone.x).abs().max() < 1e-11
+
+
 def test_a_failing_sample_leaves_the_others_untouched():
     process = sf.VP()
     problem = sf.problems.ring()
