@@ -40,6 +40,8 @@ SNAP = 2.0**-20
 """Times this share of a leaf away from a leaf's end are that end: rounding must not cost a descent."""
 COLUMNS = 1 << 13
 """Elements of the batch worked on at once, so that a level of the tree stays in a core's cache."""
+PLANNED = 1 << 12
+"""Longest sweep whose plan is kept."""
 SWEEP = 1 << 20
 """Elements drawn ahead in a sweep, over all its steps."""
 
@@ -162,7 +164,10 @@ class BrownianPath:
         """Intervals (n,) that all samples share: (n, batch·elements)."""
         columns = self.batch * self._elements
         W, H = (torch.empty(s.shape[0], columns, dtype=self.dtype, device=self.device) for _ in range(2))
-        plan = _Plan.of(s, t, self.depth, 1, torch.zeros_like(s, dtype=torch.int64))
+        if 1 < s.shape[0] <= PLANNED:  # the grid of a sweep comes again with the next batch
+            plan = _sweep_plan(tuple(s.tolist()), tuple(t.tolist()), self.depth, self.device)
+        else:
+            plan = _Plan.of(s, t, self.depth, 1, torch.zeros_like(s, dtype=torch.int64))
         state, gamma = (k[:, None].expand(-1, self._elements) for k in self._key)
         element = torch.arange(self._elements, dtype=torch.int64, device=self.device)
         state, gamma = (state + (element + 1) * gamma).reshape(1, -1), gamma.reshape(1, -1)
@@ -414,6 +419,12 @@ class _Plan(NamedTuple):
         for turn in range(int(self.between.turn.max()) + 1 if width.numel() else 0):
             mine = (self.between.turn == turn).nonzero()[:, 0]
             _join(W, A, self.between.row[mine], cell[mine], arch[mine], width[mine], width[mine], False)
+
+
+@functools.lru_cache(maxsize=32)
+def _sweep_plan(s: tuple[float, ...], t: tuple[float, ...], depth: int, device: torch.device) -> _Plan:
+    first, last = (torch.tensor(v, dtype=torch.float64, device=device) for v in (s, t))
+    return _Plan.of(first, last, depth, 1, torch.zeros(len(s), dtype=torch.int64, device=device))
 
 
 def _join(

@@ -77,7 +77,7 @@ class ClassifierFree(Guided):
     def __init__(
         self,
         conditional: Prediction,
-        unconditional: Prediction | None,
+        unconditional: Prediction | None = None,
         scale: float | Tensor | None = None,
         *,
         w: float | Tensor | None = None,

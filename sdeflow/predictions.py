@@ -90,7 +90,7 @@ class Prediction(ABC):
             network_time = network_time.to(dtype if dtype.itemsize >= 4 else torch.float32)
         counting.record(x.shape[0])
         output = self.network(x.to(dtype), network_time)
-        if not isinstance(output, Tensor) or output.shape != x.shape:
+        if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
             raise InvalidInput(_bad_output(output, x))
         return output.to(x.dtype)
 
@@ -103,7 +103,7 @@ class Prediction(ABC):
         def call(x: Tensor, network_time: Tensor) -> Tensor:
             counting.record(x.shape[0])
             output = network(x if inner is outer else x.to(inner), network_time)
-            if not isinstance(output, Tensor) or output.shape != x.shape:
+            if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
                 raise InvalidInput(_bad_output(output, x))
             return output if output.dtype is outer else output.to(outer)
 
@@ -251,11 +251,21 @@ def _module_dtype(network: Network) -> torch.dtype | None:
 
 
 def _bad_output(output: Any, x: Tensor) -> str:
+    if isinstance(output, Tensor) and output.shape == x.shape:
+        return f"the network returned {output.dtype}, expected floating numbers; write lambda x, t: network(x, t).to(x.dtype)"
     if isinstance(output, Tensor):
         return (
             f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; it must return "
             "the state's shape. "
             "If it predicts a variance too, write lambda x, t: network(x, t)[:, :channels]"
         )
-    hint = "lambda x, t: network(x, t).sample" if hasattr(output, "sample") else "lambda x, t: network(x, t)[0]"
-    return f"the network returned {type(output).__name__}, expected one tensor shaped as the state; write {hint}"
+    hint = "return its output as one tensor"
+    if isinstance(output, dict) and output:
+        hint = f"write lambda x, t: network(x, t)[{next(iter(output))!r}]"
+    elif hasattr(output, "sample"):
+        hint = "write lambda x, t: network(x, t).sample"
+    elif isinstance(output, tuple | list) and output:
+        hint = "write lambda x, t: network(x, t)[0]"
+    elif type(output).__module__ == "numpy":
+        hint = "write lambda x, t: torch.from_numpy(network(x.numpy(), t.numpy()))"
+    return f"the network returned {type(output).__name__}, expected one tensor shaped as the state; {hint}"

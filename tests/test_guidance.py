@@ -203,7 +203,7 @@ def test_float32_keeps_its_dtype_and_accuracy():
 def test_what_cannot_work_is_refused():
     given, null = pair()
     with pytest.raises(sf.InvalidInput, match="without the condition"):
-        sf.ClassifierFree(given, None, scale=3.0)
+        sf.ClassifierFree(given, scale=3.0)
     with pytest.raises(sf.InvalidInput, match="either scale or w"):
         sf.ClassifierFree(given, null)
     with pytest.raises(sf.InvalidInput, match="either scale or w"):

@@ -174,6 +174,9 @@ def test_counts_what_the_network_sees():
         (lambda x, t: x[:, :1], "shape"),
         (lambda x, t: x.sum(), "shape"),
         (lambda x, t: None, "NoneType"),
+        (lambda x, t: {"sample": x}, r"\['sample'\]"),
+        (lambda x, t: x.numpy(), "from_numpy"),
+        (lambda x, t: x.long(), "torch.int64"),
     ],
 )
 def test_bad_networks_are_named(network, word):

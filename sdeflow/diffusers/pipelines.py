@@ -316,6 +316,9 @@ def _unconditional(pipe: Any, request: Request) -> Parts:
             f"{line}"
         )
     given = {"class_labels": _labels(request.class_labels)} if classes else {}
+    count = unet.config.get("num_class_embeds")
+    if classes and count and not bool(((given["class_labels"] >= 0) & (given["class_labels"] < count)).all()):
+        raise InvalidInput(f"class_labels must be integers from 0 to {count - 1}; got {request.class_labels!r}")
     null = {"class_labels": torch.tensor(request.null_label)} if classes and request.null_label is not None else None
     channels = int(unet.config.in_channels)
     return Parts(Denoiser(unet, channels), given, null, lambda x: _to_unit(x), (channels, *sides))

@@ -195,6 +195,8 @@ def test_what_cannot_work_is_refused(folder):
         sf.diffusers.process_of(diffusers.EDMEulerScheduler())
     with refused(sf.InvalidInput, match="no class_labels"):
         sf.diffusers.from_pipeline(tiny.unconditional(), class_labels=3)
+    with refused(sf.InvalidInput, match="from 0 to 10"):
+        sf.diffusers.from_pretrained("tests/data/digits/noise", class_labels=42)
     with refused(sf.InvalidInput, match="class_labels=207"):
         sf.diffusers.from_pipeline(tiny.dit())
 
