@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,7 +150,9 @@ class BrownianPath:
         """
         if len(self.shape) != 1:
             raise InvalidInput(f"torchsde's states are (batch, d); this path has events of shape {self.shape}")
-        return _torchsde_class()(self, flipped)
+        from sdeflow.brownian_torchsde import path_class
+
+        return path_class()(self, flipped)
 
     # --- from intervals to cells
 
@@ -482,48 +484,3 @@ def _pairs(code: Tensor, sample: Tensor, state: Tensor, gamma: Tensor, dtype: to
         words = words + (state[sample[part]] if own else state)
         normal_pair_(mix64_(words), first[part], second[part])
     return first, second
-
-
-@functools.cache
-def _torchsde_class() -> Callable[[BrownianPath, bool], Any]:
-    # torchsde takes a second to import, and a path does not need it
-    import torchsde
-
-    class PathForTorchsde(torchsde.BaseBrownian):
-        """A `BrownianPath` as torchsde sees Brownian motion: W, and U = h(W/2 + H) = ∫(w − w(ta)) du on demand."""
-
-        def __init__(self, path: BrownianPath, flipped: bool):
-            self.path, self.sign = path, -1.0 if flipped else 1.0
-
-        def __call__(self, ta, tb=None, return_U=False, return_A=False):
-            if return_A:
-                raise InvalidInput(
-                    "this path has no Lévy area between its elements; take a torchsde method that does not ask for it, "
-                    'such as "euler", "milstein" or "srk"'
-                )
-            ta, tb = (0.0, ta) if tb is None else (ta, tb)
-            W, H = self.path.increment(self.sign * ta, self.sign * tb)
-            if not return_U:
-                return W
-            return W, (W * 0.5 + H) * abs(float(tb) - float(ta))
-
-        def __repr__(self) -> str:
-            return f"{self.path!r}.as_torchsde(flipped={self.sign < 0})"
-
-        @property
-        def dtype(self):
-            return self.path.dtype
-
-        @property
-        def device(self):
-            return self.path.device
-
-        @property
-        def shape(self):
-            return (self.path.batch, *self.path.shape)
-
-        @property
-        def levy_area_approximation(self):
-            return "space-time"
-
-    return PathForTorchsde

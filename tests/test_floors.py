@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "sdeflow"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("counting", "random", "solution"),
+    ("brownian_torchsde",),
     ("processes", "brownian", "networks"),
     ("predictions",),
     ("charts", "networks"),
