@@ -1,29 +1,35 @@
 """A fixed budget of evaluations: sf.tune against the field's fixed-grid solvers with their grid chosen in hindsight.
 
-    python benchmarks/budget.py --out benchmarks/results/budget.json
+    python benchmarks/budget.py --stage peers        # the field; slow, once
+    python benchmarks/budget.py --stage tuned        # sf.tune on every cell, and the transfer table
+    python benchmarks/budget.py --table              # the tables of docs/budget.md
 
-The methods of the field are run in this package's own implementation of their published formulae, each at the order it
-claims (tests/solvers/test_contract.py), so the peers are at their best: DDIM, DPM-Solver++ 2M/3M/2S/3S, DPM-Solver 2/3,
-UniPC 2/3/4 (bh1 and bh2), DEIS 2/3/4, EDM's Heun, RK4, each on every grid of GRIDS in their own variables. "Handed
-our coordinates" are the generic methods of the peers (Euler, midpoint, Heun, RK4, Dopri5, Adams–Bashforth 2 to 5) in the straight-line
-chart, for several c, on uniform grids of the chart and on GRIDS. "Untuned" is our own predictor-corrector Adams on the same charts and
-grids, to show what tuning adds. Hindsight means: the smallest error on the test samples themselves. A method may use fewer
-evaluations than the budget, never more. The tuned solver sees pilot samples of another seed only.
+Results are kept row by row in --folder (budget_peers.json, budget.json); what is there is not run again, so that a stopped run goes
+on where it was. Remove rows to run them again.
 
-Errors are end-point RMSE over the test batch (float64) against an Adams solve at 1e-10.
+Peers are those of budget_field.py: diffusers', k-diffusion's and azula's own samplers where installed, and this package's
+implementations of published formulae, on every grid of GRIDS. "Handed our coordinates" are the generic methods of the peers (Euler,
+midpoint, Heun, RK4, Dopri5, Adams–Bashforth 2 to 5) in the straight-line chart, for several c, on uniform grids of the chart and on
+GRIDS. Hindsight means: the
+smallest error on the test samples themselves. A method may use fewer evaluations than the budget, never more. The tuned solver sees
+pilot samples of another seed only.
+
+Errors are end-point RMSE over the test batch against a tight Adams solve: of the exact flow (float64), or of the trained
+network's own flow, the network in float64.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from budget_field import KEPT, SCREENED, charted, field, hindsight, rmse, version
+from torch import Tensor
 
 import sdeflow as sf
 from sdeflow.tune import search
@@ -36,141 +42,213 @@ PROBLEMS = {
     "mixture64": sf.problems.mixture64,
     "digits": sf.problems.digits,
 }
-GRIDS = [sf.UniformTime(), sf.UniformLogSNR(), sf.Karras(), sf.Quadratic(), sf.Power(power=3.0), sf.Karras(rho=3.0)]
-OWN = {
-    "DDIM": (sf.DDIM, 1),
-    "DPM++2M": (partial(sf.DPMSolverPP, order=2), 1),
-    "DPM++3M": (partial(sf.DPMSolverPP, order=3), 1),
-    "DPM++2S": (partial(sf.DPMSolverPP, order=2, multistep=False), 2),
-    "DPM++3S": (partial(sf.DPMSolverPP, order=3, multistep=False), 3),
-    "DPM-2": (partial(sf.DPMSolver, order=2), 2),
-    "DPM-3": (partial(sf.DPMSolver, order=3), 3),
-    "UniPC2": (partial(sf.UniPC, order=2), 1),
-    "UniPC3": (partial(sf.UniPC, order=3), 1),
-    "UniPC4": (partial(sf.UniPC, order=4), 1),
-    "DEIS2": (partial(sf.DEIS, order=2), 1),
-    "DEIS3": (partial(sf.DEIS, order=3), 1),
-    "DEIS4": (partial(sf.DEIS, order=4), 1),
-    "EDMHeun": (sf.EDMHeun, 2),
-    "RK4 in t": (partial(sf.RungeKutta, "rk4", chart=sf.PlainTime()), 4),
-}
-SCALES = [0.25, 0.5, 1.0]
+ORDER = [10, 20, 5, 50, 15, 8, 30, 6]
+"""Budgets in the order they are run, so that a run cut short has spread itself over all cells."""
+NETWORKS = ("noise", "v")
+NETWORK_BUDGETS = [5, 10, 20]
+SAMPLES, NETWORK_SAMPLES, PILOTS = 256, 32, 32
+SEEDS = {"test": 1, "pilot": 99}
+BOUNDS = {5: (0.7, 0.9), 6: (0.7, 0.9), 8: (0.7, 0.9), 10: (0.7, 0.9)}
+"""What the ratios to the field and to the field in our chart should be; (0.2, 0.35) from 15 evaluations on."""
+TRANSFERRED = (10, 20, 50)
 
 
-def charted(correctors: bool) -> dict:
-    """Solvers in the straight-line chart: name → (maker, evaluations a step, grids)."""
-    found = {}
-    for c in SCALES:
-        chart = sf.StraightLine(c=c)
-        grids = [sf.InChart(chart), *GRIDS]
-        for order in (2, 3, 4, 5):
-            made = partial(sf.FixedAdams, order=order, corrector=None if correctors else 0, chart=chart)
-            found[f"Adams {order}, c={c}"] = (made, 1, grids)
-        for name, cost in () if correctors else (("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4), ("dopri5", 7)):
-            found[f"{name}, c={c}"] = (partial(sf.RungeKutta, name, chart=chart), cost, grids)
-    return found
+class Cell:
+    """One flow: its equation, pilot starts, and part(n): equation, starts and true ends of n test samples."""
 
+    def __init__(self, name: str):
+        self.name = name
+        problem, process = name.split("/")
+        self.network = problem == "network"
+        if self.network:
+            self._load(process)
+        else:
+            self._exact(problem, process)
 
-def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
-    value = (a - b).double().square().mean().sqrt().item()
-    return value if math.isfinite(value) else math.inf
-
-
-def best(equation, x, end, budget: int, makers: dict) -> dict:
-    """The smallest error of any maker on any grid within the budget."""
-    found = {"error": math.inf}
-    for name, (make, cost, grids) in makers.items():
-        for grid in grids:
-            for steps in {budget // cost, (budget + 1) // cost} - {0}:  # EDM's Heun saves a call on its last step
-                try:
-                    run = sf.solve(equation, make(steps=steps, grid=grid), x, on_failure="return")
-                except sf.InvalidInput:  # a grid that does not reach α = 0, a start-up that needs more steps
-                    continue
-                error = rmse(run.x, end)
-                if run.calls <= budget and error < found["error"]:
-                    found = {"error": error, "solver": name, "grid": repr(grid), "evaluations": run.calls}
-    return found
-
-
-def cell(problem_name: str, process_name: str, samples: int, pilots: int) -> tuple[dict, dict]:
-    process, problem = PROCESSES[process_name](), PROBLEMS[problem_name]()
-    equation = sf.ProbabilityFlowODE(problem.prediction(process))
-    x = process.prior((samples, problem.dim), seed=1, dtype=torch.float64)
-    end = sf.solve(equation, sf.Adams(rtol=1e-10, atol=1e-10), x).x
-    pilot = process.prior((pilots, problem.dim), seed=99, dtype=torch.float64)
-    own = {name: (make, cost, GRIDS) for name, (make, cost) in OWN.items()}
-    rows, solvers = [], {}
-    for budget in BUDGETS:
-        began = time.perf_counter()
-        tuning = search(equation, budget, pilot)
-        seconds = time.perf_counter() - began
-        solvers[budget] = tuning.solver
-        error = rmse(sf.solve(equation, tuning.solver, x).x, end)
-        peer, handed, untuned = (best(equation, x, end, budget, m) for m in (own, charted(False), charted(True)))
-        rows.append(
-            {
-                "problem": problem_name,
-                "process": process_name,
-                "budget": budget,
-                "tuned": error,
-                "pilot": tuning.pilot_error,
-                "order": tuning.solver.order,
-                "corrector": tuning.solver.corrector,
-                "c": tuning.solver.chart.c,
-                "cost_in_solves": tuning.evaluations / budget,
-                "tuning_seconds": round(seconds, 2),
-                "best_peer": peer,
-                "best_handed": handed,
-                "best_untuned": untuned,
-                "ratio_peer": error / peer["error"],
-                "ratio_handed": error / handed["error"],
-                "ratio_untuned": error / untuned["error"],
-            }
+    def _exact(self, problem_name: str, process_name: str) -> None:
+        process, problem = PROCESSES[process_name](), PROBLEMS[problem_name]()
+        self.equation = sf.ProbabilityFlowODE(problem.prediction(process))
+        self.x, self.pilot = (
+            process.prior((n, problem.dim), seed=SEEDS[which], dtype=torch.float64)
+            for n, which in ((SAMPLES, "test"), (PILOTS, "pilot"))
         )
-        print(
-            f"{problem_name:10s} {process_name:14s} {budget:3d}  tuned {error:.1e}  peer {peer['error']:.1e} ({peer['solver']})"
-            f"  handed {handed['error']:.1e} ({handed['solver']})  untuned {untuned['error']:.1e}"
-            f"  ratios {error / peer['error']:.2f} {error / handed['error']:.2f}",
-            flush=True,
-        )
-    return {"rows": rows}, {"solvers": solvers, "equation": equation, "x": x, "end": end}
+        self.end = sf.solve(self.equation, sf.Adams(rtol=1e-10, atol=1e-10), self.x).x
+
+    def part(self, n: int | None) -> tuple[sf.ProbabilityFlowODE, Tensor, Tensor]:
+        if not self.network:
+            return self.equation, self.x[:n], self.end[:n]
+        n = min(n or NETWORK_SAMPLES, NETWORK_SAMPLES if n is None else NETWORK_SAMPLES // 4)
+        return self.conditioned(n, torch.float32), self.x[:n].float(), self.end[:n]
+
+    def _load(self, target: str) -> None:
+        from digits_network import load, split
+
+        labels = split()[3]
+
+        def conditioned(n: int, dtype: torch.dtype, first: int = 0) -> sf.ProbabilityFlowODE:
+            return sf.ProbabilityFlowODE(load(target, labels[first : first + n], load={"torch_dtype": dtype}))
+
+        self.conditioned: Callable = conditioned
+        exact = conditioned(NETWORK_SAMPLES, torch.float64)
+        process = exact.process
+        assert process is not None
+        self.x = process.prior((NETWORK_SAMPLES, 1, 8, 8), seed=SEEDS["test"], dtype=torch.float64)
+        with torch.no_grad():
+            self.end = sf.solve(exact, sf.Adams(rtol=1e-6, atol=1e-6), self.x).x
+        # other samples of other classes: the pilot's labels follow those of the test
+        self.pilot = process.prior((PILOTS, 1, 8, 8), seed=SEEDS["pilot"], dtype=torch.float32)
+        self.equation = conditioned(PILOTS, torch.float32, first=NETWORK_SAMPLES)
 
 
-def transfer(kept: dict) -> list[dict]:
+def peers(cell: Cell, budget: int) -> dict:
+    """The best of the field, and of the field in our chart."""
+    kinds = {"field": field(), "handed": charted()}
+    return {kind: hindsight(cell.part, budget, of) for kind, of in kinds.items()}
+
+
+def tuned(cell: Cell, budget: int) -> dict:
+    """sf.tune on the pilot, its error on the test samples, and the solver itself."""
+    began = time.perf_counter()
+    tuning = search(cell.equation, budget, cell.pilot)
+    seconds = time.perf_counter() - began
+    solver = tuning.solver
+    return {
+        "error": error_of(solver, cell),
+        "pilot": tuning.pilot_error,
+        "order": solver.order,
+        "corrector": solver.corrector,
+        "c": solver.chart.c,
+        "times": list(solver.grid.values),
+        "cost_in_solves": tuning.evaluations / budget,
+        "seconds": round(seconds, 2),
+    }
+
+
+def error_of(solver: sf.FixedAdams, cell: Cell) -> float:
+    equation, x, end = cell.part(None)
+    with torch.no_grad():
+        return rmse(sf.solve(equation, solver, x, on_failure="return").x, end)
+
+
+def transfer(store: dict, cells: Callable[[str], Cell]) -> dict:
     """Solvers tuned on one problem, run on the others of the same process."""
+    found = {}
+    for target in store["tuned"]:
+        if target.startswith("network"):
+            continue
+        for source in store["tuned"]:
+            if source != target and source.split("/")[1] == target.split("/")[1]:
+                rows = store["tuned"][source]
+                found[f"{source.split('/')[0]} on {target}"] = {
+                    b: error_of(rebuilt(rows[str(b)]), cells(target)) for b in TRANSFERRED if str(b) in rows
+                }
+    return found
+
+
+def rebuilt(row: dict) -> sf.FixedAdams:
+    """The solver of a row."""
+    return sf.FixedAdams(
+        order=row["order"],
+        corrector=row["corrector"],
+        chart=sf.StraightLine(c=row["c"]),
+        grid=row["times"],
+    )
+
+
+def ratios(store: dict) -> list[dict]:
+    """One row a cell and budget: errors, ratios and whether both bounds hold."""
     rows = []
-    for (source, process), given in kept.items():
-        for (target, other), on in kept.items():
-            if process == other and source != target:
-                for budget in (10, 20, 50):
-                    error = rmse(
-                        sf.solve(on["equation"], given["solvers"][budget], on["x"], on_failure="return").x, on["end"]
-                    )
-                    rows.append(
-                        {"tuned_on": source, "run_on": target, "process": process, "budget": budget, "error": error}
-                    )
+    for name, at in store["tuned"].items():
+        for budget, row in sorted(at.items(), key=lambda pair: int(pair[0])):
+            peer = store["peers"].get(name, {}).get(budget)
+            if peer is None:
+                continue
+            to = {kind: row["error"] / peer[kind]["error"] for kind in ("field", "handed")}
+            bound = BOUNDS.get(int(budget), (0.2, 0.35))
+            held = (to["field"] <= bound[0], to["handed"] <= bound[1])
+            rows.append({"cell": name, "budget": int(budget), "tuned": row, "peers": peer, "ratio": to, "held": held})
     return rows
+
+
+def table(store: dict) -> str:
+    """The tables of docs/budget.md; a ratio over its bound is bold."""
+    head = "| cell | NFE | tuned | best of the field | in our chart | ratio to the field | ratio in our chart |"
+    lines = [head, "| --- " * 7 + "|"]
+    rows = ratios(store)
+    for row in rows:
+        error, peer = row["tuned"]["error"], row["peers"]
+        shown = [
+            f"{row['ratio'][kind]:.2f}" if held else f"**{row['ratio'][kind]:.2f}**"
+            for kind, held in zip(("field", "handed"), row["held"], strict=True)
+        ]
+        lines.append(
+            f"| {row['cell']} | {row['budget']} | {error:.1e} | {peer['field']['error']:.1e} ({peer['field']['solver']}) "
+            f"| {peer['handed']['error']:.1e} | {shown[0]} | {shown[1]} |"
+        )
+    exact = [row for row in rows if not row["cell"].startswith("network")]
+    for kind, i in (("field", 0), ("in our chart", 1)):
+        lines.append(f"\nWithin the bound, {kind}: {sum(row['held'][i] for row in exact)} of {len(exact)}.")
+    lines += ["", "| tuned on, run on | " + " | ".join(map(str, TRANSFERRED)) + " |", "| --- " * 4 + "|"]
+    for name, at in store.get("transfer", {}).items():
+        own = store["tuned"][name.split(" on ")[1]]
+        cells = [f"{at[str(b)]:.1e} ({at[str(b)] / own[str(b)]['error']:.1f}×)" for b in TRANSFERRED]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def names() -> list[str]:
+    """Every cell: problem/process, then network/target."""
+    exact = [f"{problem}/{process}" for process in PROCESSES for problem in PROBLEMS]
+    return exact + [f"network/{target}" for target in NETWORKS]
+
+
+def run(stage: str, wanted: list[str], budgets: list[int], store: dict, save: Callable[[], None]) -> None:
+    """Fill in what the store lacks."""
+    built: dict[str, Cell] = {}
+
+    def cells(name: str) -> Cell:
+        if name not in built:
+            built[name] = Cell(name)
+        return built[name]
+
+    for budget in budgets:
+        for name in wanted:
+            rows = store.setdefault(stage, {}).setdefault(name, {})
+            if str(budget) not in rows and budget in (NETWORK_BUDGETS if name.startswith("network") else BUDGETS):
+                rows[str(budget)] = {"peers": peers, "tuned": tuned}[stage](cells(name), budget)
+                save()
+                print(name, budget, json.dumps(rows[str(budget)])[:230], flush=True)
+    if stage == "tuned":
+        store["transfer"] = json.loads(json.dumps(transfer(store, cells)))
+        save()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/budget.json"))
-    parser.add_argument("--problems", default=",".join(PROBLEMS))
-    parser.add_argument("--processes", default=",".join(PROCESSES))
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--pilots", type=int, default=24)
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--stage", choices=("peers", "tuned"))
+    parser.add_argument("--cells", default=",".join(names()), help="problem/process or network/target, comma-separated")
+    parser.add_argument("--budgets", default=",".join(map(str, ORDER)), help="evaluations, in the order to run them")
+    parser.add_argument("--table", action="store_true", help="print the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    versions = {"torch": torch.__version__, "sdeflow": sf.__version__, "python": platform.python_version()}
-    result = {"samples": args.samples, "pilots": args.pilots, "seeds": {"test": 1, "pilot": 99}, "versions": versions}
-    rows, kept = [], {}
-    for process in args.processes.split(","):
-        for problem in args.problems.split(","):
-            found, kept[problem, process] = cell(problem, process, args.samples, args.pilots)
-            rows += found["rows"]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
-    args.out.write_text(json.dumps({**result, "rows": rows, "transfer": transfer(kept)}, indent=1) + "\n")
+    files = {"peers": args.folder / "budget_peers.json", "tuned": args.folder / "budget.json"}
+    stores = {stage: json.loads(file.read_text("utf-8")) if file.exists() else {} for stage, file in files.items()}
+
+    def save() -> None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        files[args.stage].write_text(json.dumps(store, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    if args.stage:
+        store = stores[args.stage]
+        versions = {name: version(name) for name in ("torch", "diffusers", "k-diffusion", "azula")}
+        versions |= {"sdeflow": sf.__version__, "python": platform.python_version()}
+        settings = {"samples": SAMPLES, "network_samples": NETWORK_SAMPLES, "pilots": PILOTS, "seeds": SEEDS}
+        store["settings"] = settings | {"screened": SCREENED, "kept": KEPT}
+        store["versions"] = versions
+        run(args.stage, args.cells.split(","), [int(b) for b in args.budgets.split(",")], store, save)
+    if args.table:
+        print(table(stores["tuned"] | {"peers": stores["peers"]["peers"]}))
 
 
 if __name__ == "__main__":
