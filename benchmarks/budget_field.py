@@ -21,6 +21,7 @@ from torch import Tensor
 
 import sdeflow as sf
 from sdeflow.counting import Counter, counting
+from sdeflow.grids import Grid
 
 GRIDS = [sf.UniformTime(), sf.UniformLogSNR(), sf.Karras(), sf.Quadratic(), sf.Power(power=3.0), sf.Karras(rho=3.0)]
 SCALES = [0.25, 0.5, 1.0]
@@ -31,9 +32,9 @@ SCREENED, KEPT = 24, 8
 class Peer(NamedTuple):
     """A method of the field: run(equation, x, grid, steps), evaluations a step, the grids it is tried on."""
 
-    run: Callable[[sf.ProbabilityFlowODE, Tensor, sf.Grid, int], tuple[Tensor, int]]
+    run: Callable[[sf.ProbabilityFlowODE, Tensor, Grid, int], tuple[Tensor, int]]
     cost: int
-    grids: list[sf.Grid]
+    grids: list[Grid]
 
 
 def native(make: Callable) -> Callable:
@@ -247,14 +248,14 @@ def hindsight(part: Callable[[int | None], tuple], budget: int, peers: dict[str,
     return best
 
 
-def _settings(budget: int, peers: dict[str, Peer]) -> Iterator[tuple[str, sf.Grid, int]]:
+def _settings(budget: int, peers: dict[str, Peer]) -> Iterator[tuple[str, Grid, int]]:
     for name, peer in peers.items():
         # some two-call methods save a call on their last step
         for grid, steps in itertools.product(peer.grids, {budget // peer.cost, (budget + 1) // peer.cost} - {0}):
             yield name, grid, steps
 
 
-def _measured(given: tuple, peer: Peer, grid: sf.Grid, steps: int) -> tuple[float, int]:
+def _measured(given: tuple, peer: Peer, grid: Grid, steps: int) -> tuple[float, int]:
     equation, x, end = given
     try:
         with torch.no_grad(), warnings.catch_warnings():

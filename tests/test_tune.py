@@ -155,7 +155,7 @@ def test_flips_measure_how_far_the_border_moved(two_modes):
     rows = slice(int(crosses[0]), int(crosses[0]) + 1)
     for shift in (0.0, 0.002, -0.005):
         moved = Paths.along(equation, borders.start + shift * tangent, 200)
-        nodes = list(moved.states(solver.chart.bind(process), times[1:])[0])
+        nodes = list(moved.states(sf.StraightLine().bind(process), times[1:])[0])
         got = borders.flips(nodes, centre, solver, rows)
         assert got == pytest.approx(2 / np.pi * abs(shift) * borders.jump[rows].item() ** 2, rel=0.15, abs=1e-9)
 

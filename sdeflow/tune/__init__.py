@@ -19,6 +19,7 @@ from torch import Tensor
 from sdeflow.counting import Counter, counting
 from sdeflow.equations import Equation, ReverseSDE
 from sdeflow.errors import InvalidInput
+from sdeflow.grids import Nodes
 from sdeflow.solve import solve
 from sdeflow.solvers.fixed_adams import FixedAdams
 from sdeflow.tune import borders
@@ -187,7 +188,8 @@ class _Trial:
     def errors(self, candidate: Candidate) -> tuple[float, float]:
         """(RMS end-point error of the pilot's samples, RMS error expected by flips): one full solve; infinite when it fails."""
         paths, solver = self.paths, self.solver(candidate)
-        times = solver.grid.values[1:]
+        assert isinstance(solver.grid, Nodes) and solver.chart is not None
+        times = torch.tensor(solver.grid.values[1:], dtype=torch.float64)
         solution = solve(self.equation, solver, self.start, paths.start, paths.stop, save_at=times, on_failure="return")
         x = solution.states.flatten(2).double().cpu()
         error = (x[-1] - paths.end.flatten(1).cpu())[: self.rows].square().mean().sqrt().item()
@@ -195,7 +197,7 @@ class _Trial:
             return math.inf, 0.0
         if self.borders is None:
             return error, 0.0
-        m = solver.chart.bind(paths.process).m(torch.tensor(times, dtype=torch.float64))
+        m = solver.chart.bind(paths.process).m(times)
         nodes = list((m[:, None, None] * x).numpy())
         return error, math.sqrt(self.borders.flips(nodes, paths, solver, slice(self.rows, None)))
 

@@ -68,8 +68,9 @@ class Borders:
             short: evaluations of the solves that bisect.
             beside: evaluations of the two solves beside the border.
         """
-        other, n = pilot.roll(-1, 0), pilot.shape[0]
-        grid = Nodes(PLAIN.times(equation.process, equation.start, equation.stop, short, 1.0))
+        other, n, process = pilot.roll(-1, 0), pilot.shape[0], equation.process
+        assert process is not None
+        grid = Nodes(PLAIN.times(process, float(process.t_max), float(process.t_min), short, 1.0))
         solver = FixedAdams(order=4, grid=grid)
 
         def arc(theta: Tensor) -> Tensor:
