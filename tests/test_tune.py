@@ -115,7 +115,8 @@ def test_cost_is_bounded_at_every_budget(budget):
     equation = sf.ProbabilityFlowODE(sf.DataPrediction(network, process))
     tuning = search(equation, budget, process.prior((32, 2), seed=5, dtype=F64))
     assert set(seen) == {32} and len(seen) == tuning.evaluations <= 100 * budget
-    assert (tuning.flip_error > 0) == (budget >= 5)
+    # 2 evaluations leave none to look for borders, 50 move them less than can be seen
+    assert (tuning.flip_error > 0) == (budget == 5)
 
 
 @pytest.fixture(scope="module")
