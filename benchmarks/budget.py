@@ -32,6 +32,7 @@ from budget_field import KEPT, SCREENED, charted, field, hindsight, rmse, versio
 from torch import Tensor
 
 import sdeflow as sf
+from sdeflow.grids import Nodes
 from sdeflow.tune import search
 
 BUDGETS = [5, 6, 8, 10, 15, 20, 30, 50]
@@ -106,15 +107,19 @@ def peers(cell: Cell, budget: int) -> dict:
     return {kind: hindsight(cell.part, budget, of) for kind, of in kinds.items()}
 
 
-def tuned(cell: Cell, budget: int) -> dict:
-    """sf.tune on the pilot, its error on the test samples, and the solver itself."""
+def tuned(cell: Cell, budget: int) -> tuple[dict, sf.FittedAdams]:
+    """sf.tune on the pilot, its errors on the test samples, and the solver itself."""
     began = time.perf_counter()
     tuning = search(cell.equation, budget, cell.pilot)
     seconds = time.perf_counter() - began
     solver = tuning.solver
-    return {
-        "error": error_of(solver, cell),
+    assert isinstance(solver.grid, Nodes) and isinstance(solver.chart, sf.StraightLine)
+    error, median = errors_of(solver, cell)
+    row = {
+        "error": error,
+        "median": median,
         "pilot": tuning.pilot_error,
+        "flips": tuning.flip_error,
         "order": solver.order,
         "corrector": solver.corrector,
         "c": solver.chart.c,
@@ -122,37 +127,25 @@ def tuned(cell: Cell, budget: int) -> dict:
         "cost_in_solves": tuning.evaluations / budget,
         "seconds": round(seconds, 2),
     }
+    return row, solver
 
 
-def error_of(solver: sf.FixedAdams, cell: Cell) -> float:
+def errors_of(solver: sf.FittedAdams, cell: Cell) -> tuple[float, float]:
+    """RMSE over the test samples and the median over them of a sample's own."""
     equation, x, end = cell.part(None)
     with torch.no_grad():
-        return rmse(sf.solve(equation, solver, x, on_failure="return").x, end)
+        reached = sf.solve(equation, solver, x, on_failure="return").x
+    own = (reached.double() - end).flatten(1).square().mean(1).sqrt()
+    return rmse(reached, end), own.median().item()
 
 
-def transfer(store: dict, cells: Callable[[str], Cell]) -> dict:
-    """Solvers tuned on one problem, run on the others of the same process."""
-    found = {}
-    for target in store["tuned"]:
-        if target.startswith("network"):
-            continue
-        for source in store["tuned"]:
-            if source != target and source.split("/")[1] == target.split("/")[1]:
-                rows = store["tuned"][source]
-                found[f"{source.split('/')[0]} on {target}"] = {
-                    b: error_of(rebuilt(rows[str(b)]), cells(target)) for b in TRANSFERRED if str(b) in rows
-                }
-    return found
-
-
-def rebuilt(row: dict) -> sf.FixedAdams:
-    """The solver of a row."""
-    return sf.FixedAdams(
-        order=row["order"],
-        corrector=row["corrector"],
-        chart=sf.StraightLine(c=row["c"]),
-        grid=row["times"],
-    )
+def transfer(solver: sf.FittedAdams, source: str, budget: int, found: dict, cells: Callable[[str], Cell]) -> None:
+    """The errors of a solver tuned on `source`, run on the other problems of the same process."""
+    for problem in PROBLEMS:
+        target = f"{problem}/{source.split('/')[1]}"
+        if target != source:
+            row = found.setdefault(f"{source.split('/')[0]} on {target}", {})
+            row[str(budget)] = errors_of(solver, cells(target))[0]
 
 
 def ratios(store: dict) -> list[dict]:
@@ -172,17 +165,20 @@ def ratios(store: dict) -> list[dict]:
 
 def table(store: dict) -> str:
     """The tables of docs/budget.md; a ratio over its bound is bold."""
-    head = "| cell | NFE | tuned | best of the field | in our chart | ratio to the field | ratio in our chart |"
-    lines = [head, "| --- " * 7 + "|"]
+    head = (
+        "| cell | NFE | tuned | median | best of the field | in our chart | ratio to the field | ratio in our chart |"
+    )
+    lines = [head, "| --- " * 8 + "|"]
     rows = ratios(store)
     for row in rows:
-        error, peer = row["tuned"]["error"], row["peers"]
+        found, peer = row["tuned"], row["peers"]
         shown = [
             f"{row['ratio'][kind]:.2f}" if held else f"**{row['ratio'][kind]:.2f}**"
             for kind, held in zip(("field", "handed"), row["held"], strict=True)
         ]
         lines.append(
-            f"| {row['cell']} | {row['budget']} | {error:.1e} | {peer['field']['error']:.1e} ({peer['field']['solver']}) "
+            f"| {row['cell']} | {row['budget']} | {found['error']:.1e} | {found['median']:.1e} "
+            f"| {peer['field']['error']:.1e} ({peer['field']['solver']}) "
             f"| {peer['handed']['error']:.1e} | {shown[0]} | {shown[1]} |"
         )
     exact = [row for row in rows if not row["cell"].startswith("network")]
@@ -215,12 +211,14 @@ def run(stage: str, wanted: list[str], budgets: list[int], store: dict, save: Ca
         for name in wanted:
             rows = store.setdefault(stage, {}).setdefault(name, {})
             if str(budget) not in rows and budget in (NETWORK_BUDGETS if name.startswith("network") else BUDGETS):
-                rows[str(budget)] = {"peers": peers, "tuned": tuned}[stage](cells(name), budget)
+                if stage == "peers":
+                    rows[str(budget)] = peers(cells(name), budget)
+                else:
+                    rows[str(budget)], solver = tuned(cells(name), budget)
+                    if budget in TRANSFERRED and not name.startswith("network"):
+                        transfer(solver, name, budget, store.setdefault("transfer", {}), cells)
                 save()
                 print(name, budget, json.dumps(rows[str(budget)])[:230], flush=True)
-    if stage == "tuned":
-        store["transfer"] = json.loads(json.dumps(transfer(store, cells)))
-        save()
 
 
 def main() -> None:

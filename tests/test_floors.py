@@ -32,6 +32,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tune.candidates",),
     ("tune.paths",),
     ("tune.borders",),
+    ("tune.fit",),
+    ("tune.trial",),
     ("tune", "likelihood", "flow_maps", "diffusers"),
     ("measure.*",),
     ("sweep",),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sdeflow.charts import Chart, PlainTime, StraightLine, Trigonometric
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformTime
+from sdeflow.processes import Process
 from sdeflow.solvers.base import Facts, Task
 from sdeflow.solvers.linear import DriftCalls, Evaluations, LinearMethod, Plan, Stage
 
@@ -90,7 +93,10 @@ class FixedAdams(LinearMethod):
             )
         chart = {"name": type(self.chart).__name__, **vars(self.chart)}
         data = {"solver": "FixedAdams", "order": self.order, "corrector": self.corrector, "chart": chart}
-        Path(path).write_text(json.dumps({**data, "times": list(self.grid.values)}, indent=1) + "\n", encoding="utf-8")
+        data["times"] = list(self.grid.values)
+        if isinstance(self, FittedAdams):
+            data["weights"] = [list(row) for row in self.weights]
+        Path(path).write_text(json.dumps(data) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> FixedAdams:
@@ -102,12 +108,13 @@ class FixedAdams(LinearMethod):
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             chart = dict(data["chart"])
-            return cls(
-                order=data["order"],
-                corrector=data["corrector"],
-                chart=_CHARTS[chart.pop("name")](**chart),
-                grid=Nodes(data["times"]),
-            )
+            made = {
+                "order": data["order"],
+                "corrector": data["corrector"],
+                "chart": _CHARTS[chart.pop("name")](**chart),
+                "grid": Nodes(data["times"]),
+            }
+            return FittedAdams(**made, weights=data["weights"]) if "weights" in data else FixedAdams(**made)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is no solver saved by FixedAdams.save: {error}") from error
 
@@ -132,6 +139,83 @@ class FixedAdams(LinearMethod):
         weights = adams_weights(u.numpy(), self.order, self.corrector) / m[1:, None].numpy()
         steps = [[Stage(i, a, _terms(row))] for i, (a, row) in enumerate(zip(scale, weights, strict=True))]
         return Plan(Evaluations(task, times[:-1], p, q), steps)
+
+
+@dataclass(frozen=True)
+class FittedAdams(FixedAdams):
+    """Adams's method on its own times, its weights corrected for one network: what `sf.tune` returns.
+
+    Every explicit method of one evaluation a step that is exact where D is constant has the form
+
+        x_n = (σ_n/σ_0) x_0 + Σ_{j<n} C_nj D(x_j, t_j),    Σ_j C_nj = α_n − α_0 σ_n/σ_0,
+
+    multistep, predictor–corrector and exponential methods alike; `weights` are the C, and order, corrector and chart say which
+    Adams method they correct (`data_weights`). They hold for one process, one network and these times.
+
+    Args:
+        weights: N rows, row n − 1 holding C_n0 … C_n,n−1.
+
+    Raises:
+        InvalidInput: rows of other lengths, or, when solving, sums that are not those of the equation's process.
+    """
+
+    weights: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "weights", tuple(tuple(float(w) for w in row) for row in self.weights))
+        if not isinstance(self.grid, Nodes) or [len(row) for row in self.weights] != list(
+            range(1, self.grid.steps + 1)
+        ):
+            raise InvalidInput(
+                f"fitted weights need their times and rows of 1, 2, … weights, one row a step; got {len(self.weights)} rows of "
+                f"{[len(row) for row in self.weights][:4]}… and {self.grid!r}. Write sf.tune(equation, budget, pilot)"
+            )
+
+    @property
+    def facts(self) -> Facts:
+        return replace(super().facts, name=f"{super().facts.name}, fitted", order=1, face="diffusion")
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        process = task.equation.process
+        assert process is not None and isinstance(self.grid, Nodes)
+        times = torch.tensor(self.grid.values, dtype=torch.float64)
+        alpha, sigma = process.alpha(times), process.sigma(times)
+        due = alpha[1:] - alpha[0] * sigma[1:] / sigma[0]
+        sums = torch.tensor([math.fsum(row) for row in self.weights], dtype=torch.float64)
+        if not bool(((sums - due).abs() <= 1e-6 * due.abs().clamp(min=1e-6)).all()):
+            raise InvalidInput(
+                f"these weights were fitted to another process than {process!r}; tune again: sf.tune(equation, budget, pilot)"
+            )
+
+    def plan(self, task: Task, times: Tensor) -> Plan:
+        process = task.equation.process
+        assert process is not None
+        sigma = process.sigma(times).numpy()
+        rows = np.zeros((len(self.weights) + 1, len(self.weights)))
+        for n, row in enumerate(self.weights, start=1):
+            rows[n, :n] = row
+        scale = sigma[1:] / sigma[:-1]
+        rows = rows[1:] - scale[:, None] * rows[:-1]
+        steps = [[Stage(i, float(a), _terms(row))] for i, (a, row) in enumerate(zip(scale, rows, strict=True))]
+        return Plan(Evaluations(task, times[:-1]), steps)
+
+
+def data_weights(process: Process, times: Tensor, chart: Chart, order: int, corrector: int) -> np.ndarray:
+    """C (N, N) of `FittedAdams` for Adams's own weights in a chart: lower triangular, row n − 1 for x_n."""
+    bound = chart.bind(process)
+    u = bound.u(times)
+    A, S, dA, dS = (c.numpy() for c in bound.coefficients(u))
+    W = adams_weights(u.numpy(), order, corrector)
+    steps = len(W)
+    # z_n less its share of z_0 is Σ b_nj D_j; F = dA D + dS (z − A D)/S
+    z, F = np.zeros((steps + 1, steps)), np.zeros((steps, steps))
+    for n in range(steps):
+        F[n] = dS[n] / S[n] * z[n]
+        F[n, n] += dA[n] - dS[n] * A[n] / S[n]
+        z[n + 1] = z[n] + W[n, : n + 1] @ F[: n + 1]
+    return z[1:] / bound.m(times)[1:, None].numpy()
 
 
 def _terms(row: np.ndarray) -> list[tuple[int, float]]:

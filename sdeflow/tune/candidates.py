@@ -14,10 +14,15 @@ from sdeflow.grids import Nodes
 from sdeflow.processes import Process
 from sdeflow.solvers.fixed_adams import FixedAdams
 
+UNFITTED = 99
+"""`exact` of candidates that keep Adams's own weights: no row has so many nodes."""
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """Grid density a + exp(−½((λ + log s − μ)/w)²) in λ, above log s + λ = −log k; order, corrector; chart StraightLine(c s).
+    """Order, corrector and chart StraightLine(c s) of Adams; grid; and the degree below which fitted weights stay exact.
+
+    Grid density a + exp(−½((λ + log s − μ)/w)²) in λ, above log s + λ = −log k.
 
     s is the scale of the data, so that a candidate means the same on data of any scale.
     """
@@ -29,6 +34,7 @@ class Candidate:
     mu: float
     log_w: float
     log_k: float
+    exact: int = 1
 
     def times(self, process: Process, start: float, stop: float, steps: int, scale: float) -> Tensor:
         """(steps + 1,) node times from start to stop, float64.
@@ -66,6 +72,7 @@ class Candidate:
             mu=self.mu + mu,
             log_w=self.log_w + 0.5 * w,
             log_k=self.log_k + k,
+            exact=_exact(rng) if rng.random() < 0.2 else self.exact,
         )
 
 
@@ -84,7 +91,12 @@ def draw(rng: np.random.Generator) -> Candidate:
         rng.uniform(-2.0, 3.0),
         rng.uniform(math.log(0.6), math.log(3.5)),
         rng.uniform(math.log(10.0), math.log(300.0)),
+        _exact(rng),
     )
+
+
+def _exact(rng: np.random.Generator) -> int:
+    return int(rng.choice([1, 1, 2, 3, 4, 5, UNFITTED]))
 
 
 def _corrector(rng: np.random.Generator, order: int) -> int:
