@@ -73,7 +73,7 @@ class Paths:
         end = chosen(z / m[-1], kept)
         scale = float(np.sqrt(end.var(0, ddof=1).mean()))
         flat = [np.stack(v).reshape(calls, -1) for v in (data, noise)]
-        return cls(process, start, stop, end, u, flat[0], flat[1], max(scale, 1e-6))
+        return cls(process, start, stop, end, u, flat[0], flat[1], scale if scale > 1e-6 else 1e-6)
 
     def at(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """D and ε̂ at times t, (t, n, d) each, by local Lagrange interpolation in the clock."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdeflow.counting import Counter, counting
 from sdeflow.equations import ReverseSDE
+from sdeflow.errors import InvalidInput
 from sdeflow.grids import Nodes
 from sdeflow.solvers.fixed_adams import FittedAdams, FixedAdams, data_weights
 from sdeflow.tune import borders
@@ -81,6 +82,11 @@ class Trial:
             start = torch.cat([pilot[:first], found.start[first:last], found.near[last:]])
         with counting(counter):
             paths = Paths.along(equation, start, TIGHT * budget, kept)
+        if not np.isfinite(paths.end).all():
+            raise InvalidInput(
+                f"the network returns NaN or infinity on the pilot, even with {TIGHT * budget} evaluations a sample. "
+                "sf.solve(equation, sf.Adams(rtol=1e-3, atol=1e-3), pilot) shows when and on which samples"
+            )
         return cls(equation, budget, Pilot(start, kept, paths, found, first, last), spent + TIGHT * budget)
 
     def run(self, candidate: Candidate) -> Result:
