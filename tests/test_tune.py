@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sdeflow.tune import fit as fitting
 from sdeflow.tune.borders import NEAR, Borders
 from sdeflow.tune.candidates import PLAIN, UNFITTED, Candidate, draw
 from sdeflow.tune.paths import Paths
-from sdeflow.tune.trial import MOST_SOLVES, Trial
+from sdeflow.tune.trial import MOST_SOLVES, Result, Trial
 
 F64 = torch.float64
 
@@ -363,3 +364,36 @@ def test_bad_input_is_named(ring):
     ):
         with pytest.raises(sf.InvalidInput, match=word):
             call()
+
+
+def test_errors_are_those_of_samples_not_fitted_to():
+    times, _, _, found, process, equation = fitted(10, 1, sf.problems.ring())
+    pilot = process.prior((32, 2), seed=3, dtype=F64)
+    end = sf.solve(equation, sf.Adams(rtol=1e-9, atol=1e-9), pilot).x
+    seen = (sf.solve(equation, with_weights(times, found.weights), pilot).x - end).square().mean(1).sqrt().numpy()
+    # fitted to 64 numbers with up to nine weights a row, samples are flattered when they were among them
+    assert np.sqrt(np.square(seen).mean()) < 0.97 * np.sqrt(np.square(found.error).mean())
+
+
+def test_the_error_expected_of_a_batch():
+    def expected(pilot, rate, flips):
+        return Result(None, pilot, rate, flips).expected  # type: ignore[arg-type]
+
+    assert expected(1e-3, 0.0, 0.0) == pytest.approx(1e-3)
+    assert expected(1e-3, 1.0, 0.04) == pytest.approx(math.hypot(1e-3, 0.2))
+    # half of the batches have a flip: the geometric mean of a batch without and one with
+    often = math.log(2.0) / 256
+    assert expected(1e-3, often, 1e-2) == pytest.approx(math.sqrt(1e-3 * math.hypot(1e-3, math.sqrt(2e-2))))
+    assert expected(math.nan, 0.0, 0.0) == math.inf
+
+
+def test_the_model_is_the_run_on_data_of_one_scale():
+    process = sf.VP()
+    problem = sf.problems.from_points(torch.zeros(1, 6), std=0.7)
+    equation = sf.ProbabilityFlowODE(problem.prediction(process))
+    rng = np.random.default_rng(0)
+    candidate = Candidate(2, 2, 0.0, math.log(0.3), 0.5, math.log(1.5), math.log(30.0), UNFITTED)
+    with torch.no_grad():
+        trial = Trial.prepared(equation, 6, process.prior((7, 6), seed=9, dtype=F64), Counter(7, "cpu"), rng)
+        exact = replace(trial, pilot=trial.pilot._replace(paths=replace(trial.pilot.paths, scale=0.7)))
+        assert exact.modelled(candidate).pilot == pytest.approx(exact.run(candidate).pilot, rel=1e-6)
