@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -159,7 +159,7 @@ class FittedAdams(FixedAdams):
         InvalidInput: rows of other lengths, or, when solving, sums that are not those of the equation's process.
     """
 
-    weights: tuple[tuple[float, ...], ...] = ()
+    weights: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
