@@ -238,8 +238,9 @@ NOTES = (
     "Training them takes 149 s and 152 s by the clock, side by side on two cores with nothing else to do (`tests/data/digits/training.json`);",
     "run again it gave the committed weights to the bit.",
     "",
-    "The networks' outputs wiggle in t with the periods of their time embedding. That moves the end by about a thousandth, which no solver with fewer than",
-    "some 200 steps follows; an adaptive one takes it for noise, so that tolerances below 1e-3 are not reached before the steps are that short.",
+    "The networks' outputs wiggle in t with the periods of their time embedding, mostly 2π of the 1000 units of time. That moves the end by",
+    "about a thousandth, which no solver with fewer than some 200 steps follows; an adaptive one takes it for noise, so that tolerances below",
+    "1e-3 are not reached before the steps are that short.",
 )
 
 
