@@ -23,6 +23,7 @@ from sdeflow.predictions import (
 )
 from sdeflow.processes import EDM, VE, VP, CosineVP, DiscreteVP, Process, RectifiedFlow, SubVP
 from sdeflow.random import sample_seeds
+from sdeflow.scale import data_scale
 from sdeflow.solution import Solution, Status
 from sdeflow.solve import solve
 from sdeflow.solvers.adams import Adams
@@ -132,6 +133,7 @@ __all__ = [
     "VPrediction",
     "as_torchsde",
     "bits_per_dim",
+    "data_scale",
     "decode",
     "diffusers",
     "encode",

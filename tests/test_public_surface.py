@@ -23,7 +23,7 @@ PUBLIC = {
         "SASolver StochasticAdams TorchDiffEq TorchSDE Tsit5 UniPC as_torchsde"
     ),
     "solvers on paths": "EulerMaruyama ExponentialShARK GottaGoFast Milstein SEA SOSRA SRA1 SRA2 SRA3 ShARK StochasticHeun",
-    "solving": "BrownianPath Solution Status sample_seeds solve tune",
+    "solving": "BrownianPath Solution Status data_scale sample_seeds solve tune",
     "likelihood": "Likelihood bits_per_dim decode encode log_likelihood",
     "diffusers": "diffusers",
     "errors": "InvalidInput MissingDependency SdeflowError SolveFailed",
