@@ -33,6 +33,7 @@ from torch import Tensor
 
 import sdeflow as sf
 from sdeflow.grids import Nodes
+from sdeflow.solvers.fixed_adams import FittedAdams
 from sdeflow.tune import search
 
 BUDGETS = [5, 6, 8, 10, 15, 20, 30, 50]
@@ -110,7 +111,7 @@ def peers(cell: Cell, budget: int) -> dict:
     return {kind: hindsight(cell.part, budget, of) for kind, of in kinds.items()}
 
 
-def tuned(cell: Cell, budget: int) -> tuple[dict, sf.FittedAdams]:
+def tuned(cell: Cell, budget: int) -> tuple[dict, FittedAdams]:
     """sf.tune on the pilot, its errors on the test samples, and the solver itself."""
     began = time.perf_counter()
     tuning = search(cell.equation, budget, cell.pilot)
@@ -133,7 +134,7 @@ def tuned(cell: Cell, budget: int) -> tuple[dict, sf.FittedAdams]:
     return row, solver
 
 
-def errors_of(solver: sf.FittedAdams, cell: Cell) -> tuple[float, float]:
+def errors_of(solver: FittedAdams, cell: Cell) -> tuple[float, float]:
     """RMSE over the test samples and the median over them of a sample's own."""
     equation, x, end = cell.part(None)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def errors_of(solver: sf.FittedAdams, cell: Cell) -> tuple[float, float]:
     return rmse(reached, end), own.median().item()
 
 
-def transfer(solver: sf.FittedAdams, source: str, budget: int, found: dict, cells: Callable[[str], Cell]) -> None:
+def transfer(solver: FittedAdams, source: str, budget: int, found: dict, cells: Callable[[str], Cell]) -> None:
     """The errors of a solver tuned on `source`, run on the other problems of the same process."""
     for problem in PROBLEMS:
         target = f"{problem}/{source.split('/')[1]}"

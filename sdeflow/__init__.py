@@ -30,7 +30,7 @@ from sdeflow.solvers.adams import Adams
 from sdeflow.solvers.adaptive_rk import Dopri5, Tsit5
 from sdeflow.solvers.ancestral import DDPM, ERSDE, EDMHeun, Restart
 from sdeflow.solvers.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP, EulerAncestral, SASolver, UniPC
-from sdeflow.solvers.fixed_adams import FittedAdams, FixedAdams
+from sdeflow.solvers.fixed_adams import FixedAdams
 from sdeflow.solvers.gotta_go_fast import GottaGoFast
 from sdeflow.solvers.runge_kutta import RungeKutta
 from sdeflow.solvers.stochastic import (
@@ -85,7 +85,6 @@ __all__ = [
     "EulerAncestral",
     "EulerMaruyama",
     "ExponentialShARK",
-    "FittedAdams",
     "FixedAdams",
     "FlowPrediction",
     "ForwardSDE",

@@ -19,7 +19,7 @@ PUBLIC = {
     "charts": "LogSNR PlainTime SNRTime StraightLine Trigonometric",
     "grids": "Discrete InChart Karras Multiscale Nodes Power Quadratic UniformLogSNR UniformTime",
     "solvers": (
-        "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FittedAdams FixedAdams Restart RungeKutta "
+        "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta "
         "SASolver StochasticAdams TorchDiffEq TorchSDE Tsit5 UniPC as_torchsde"
     ),
     "solvers on paths": "EulerMaruyama ExponentialShARK GottaGoFast Milstein SEA SOSRA SRA1 SRA2 SRA3 ShARK StochasticHeun",
