@@ -1,14 +1,12 @@
 """One Brownian path a sample, evaluated anywhere without memory: increments and space-time Lévy areas.
 
-The real line is cut into root cells [2^e, 2^{e+1}) (mirrored below 0, one cell next to 0), so that the resolution is relative.
-Every cell [a, a + h] has W = w(a + h) − w(a) and H = (1/h)∫(w(u) − w(a) − (u − a)W/h) du, independent N(0, h) and N(0, h/12);
-a root draws them, its descendants come from halving,
+Every root cell and every halving draws two normals, keyed by (seed, cell, element). (W, H) of an interval is their weighted sum,
+root first, then down to the ends of the interval; `brownian_plan` has the cells and the weights. The sum is taken in the same order
+whoever asks, so an interval has the same bits in any batch, sweep or order of queries. `depth` halvings below its root the path is
+the quadratic θW + 6θ(1 − θ)H, the mean given (W, H).
 
-    W₁ = W/2 + 3H/2 + Z,   W₂ = W − W₁,   H₁,₂ = H/4 − Z/2 ± N/2,   Z ~ N(0, h/16), N ~ N(0, h/12),
-
-with one Box–Muller pair (Z, N) a cell and element, keyed by (seed, cell, element). At `depth` halvings below its root the path
-is the quadratic θW + 6θ(1 − θ)H, the mean given (W, H). An interval is put together from the fewest cells, always the
-same ones in the same order, so its (W, H) has the same bits in whatever order, batch or sweep it is asked for.
+Roots are drawn by Box–Muller, halvings from `lattice_normals`, which have the exact second moments and 2¹⁵ values each: an
+increment is normal up to the sum of several such, and every covariance of (W, H) over any intervals is exact.
 
 Sources: Foster, Lyons & Oberhauser 2020 and Foster, Habermann & Goncalo dos Reis 2024 (H and its bridges);
 Jelinčič, Tao, Cass, Foster & Kidger 2024, "Single-seed generation of Brownian paths and integrals" (virtual Brownian tree).
@@ -21,27 +19,23 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sdeflow.brownian_plan import DEEPEST, Floats, Integers, Weights, is_root, weights
 from sdeflow.errors import InvalidInput
-from sdeflow.random import BLOCK, Key, mix64_, normal_pair_
+from sdeflow.random import LATTICE_BITS, Key, lattice_normals, mix64_, normal_pair_
 
 if TYPE_CHECKING:
     from torchsde import BaseBrownian
 
 PATH_STREAM = 16
 """Random stream of Brownian paths, apart from those of priors, steps and data."""
-LOWEST, HIGHEST = -24, 80
-"""Exponents of the root cells: [0, 2^LOWEST) is one cell, times reach ±2^HIGHEST."""
-DEEPEST = 24
-"""Bits of a cell's address inside its root."""
-SNAP = 2.0**-20
-"""Times this share of a leaf away from a leaf's end are that end: rounding must not cost a descent."""
-COLUMNS = 1 << 13
-"""Elements of the batch worked on at once, so that a level of the tree stays in a core's cache."""
-PLANNED = 1 << 12
-"""Longest sweep whose plan is kept."""
+NORMALS = 1 << 19
+"""Pairs of normals held at once: bounds memory, and few enough blocks that torch's calls cost less than numbers."""
+STEPS = 32
+"""Steps of a sweep worked on at once; they share their cells."""
 SWEEP = 1 << 20
 """Elements drawn ahead in a sweep, over all its steps."""
 
@@ -72,7 +66,7 @@ class BrownianPath:
         shape: Sequence[int] | int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        depth: int = 18,
+        depth: int = 16,
     ):
         given = torch.as_tensor(seeds)
         if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool:
@@ -116,27 +110,31 @@ class BrownianPath:
         Args:
             s, t: floats, 0-d tensors, or one time a sample (batch,); |time| < 2^80.
         """
-        s, t = self._time(s), self._time(t)
-        if s.ndim == t.ndim == 0:
-            W, H = self._shared(s[None], t[None])
+        if isinstance(s, (int, float)) and isinstance(t, (int, float)):
+            W, H = self._shared(np.array([s], np.float64), np.array([t], np.float64))
         else:
-            W, H = self._own(s.expand(self.batch), t.expand(self.batch))
+            s, t = self._time(s), self._time(t)
+            if s.ndim == t.ndim == 0:
+                W, H = self._shared(s.cpu().numpy()[None], t.cpu().numpy()[None])
+            else:
+                W, H = self._own(s.expand(self.batch).cpu().numpy(), t.expand(self.batch).cpu().numpy())
         return W.reshape(self.batch, *self.shape), H.reshape(self.batch, *self.shape)
 
     def increments(self, grid: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
         """(W, H) of all steps of a grid (n + 1,), increasing or decreasing: (n, batch, *shape) each.
 
-        The numbers of `increment`, bit for bit, drawn level by level so that steps share their common cells.
+        The numbers of `increment`, bit for bit, drawn so that steps share their common cells.
         """
-        grid = torch.as_tensor(grid, dtype=torch.float64, device=self.device)
+        grid = torch.as_tensor(grid, dtype=torch.float64)
         if grid.ndim != 1 or grid.numel() < 2:
             raise InvalidInput(f"a sweep needs a grid of at least two times, (n + 1,); got shape {tuple(grid.shape)}")
-        W, H = self._shared(grid[:-1], grid[1:])
+        at = grid.cpu().numpy()
+        W, H = self._shared(at[:-1], at[1:])
         return W.reshape(-1, self.batch, *self.shape), H.reshape(-1, self.batch, *self.shape)
 
     def sweep(self, grid: Tensor | Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
         """(W, H) of one step of the grid after the other, drawn some steps ahead in bounded memory."""
-        grid = torch.as_tensor(grid, dtype=torch.float64, device=self.device)
+        grid = torch.as_tensor(grid, dtype=torch.float64)
         ahead = max(1, SWEEP // max(1, self.batch * self._elements))
         for first in range(0, grid.numel() - 1, ahead):
             W, H = self.increments(grid[first : first + ahead + 1])
@@ -162,325 +160,122 @@ class BrownianPath:
             raise InvalidInput(f"a time must be one number or one a sample ({self.batch},); got shape {tuple(t.shape)}")
         return t
 
-    def _shared(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Intervals (n,) that all samples share: (n, batch·elements)."""
-        columns = self.batch * self._elements
-        W, H = (torch.empty(s.shape[0], columns, dtype=self.dtype, device=self.device) for _ in range(2))
-        if 1 < s.shape[0] <= PLANNED:  # the grid of a sweep comes again with the next batch
-            plan = _sweep_plan(tuple(s.tolist()), tuple(t.tolist()), self.depth, self.device)
-        else:
-            plan = _Plan.of(s, t, self.depth, 1, torch.zeros_like(s, dtype=torch.int64))
-        state, gamma = (k[:, None].expand(-1, self._elements) for k in self._key)
-        element = torch.arange(self._elements, dtype=torch.int64, device=self.device)
-        state, gamma = (state + (element + 1) * gamma).reshape(1, -1), gamma.reshape(1, -1)
-        for c in range(0, columns, COLUMNS):
-            part = slice(c, c + COLUMNS)
-            W[:, part], H[:, part] = plan.run(state[:, part], gamma[:, part], self.dtype)
+    def _shared(self, s: Floats, t: Floats) -> tuple[Tensor, Tensor]:
+        """Intervals (n,) that all samples share: (n, batch, elements)."""
+        W, H = (torch.empty(len(s), self.batch, self._elements, dtype=self.dtype, device=self.device) for _ in range(2))
+        for first in range(0, len(s), STEPS):
+            steps = slice(first, first + STEPS)
+            plan = _shared_sum(s[steps].tobytes(), t[steps].tobytes(), self.depth, self.dtype, self.device)
+            samples = max(1, NORMALS // max(1, len(plan.owner) * self._elements))
+            for i in range(0, self.batch, samples):
+                rows = slice(i, i + samples)
+                state, gamma = self._key.state[None, rows], self._key.gamma[None, rows]
+                total = plan.run(state, gamma, len(s[steps]), self._elements, self.dtype)
+                W[steps, rows] = total[:, 0]
+                H[steps, rows] = total[:, 1]
         return W, H
 
-    def _own(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _own(self, s: Floats, t: Floats) -> tuple[Tensor, Tensor]:
         """One interval a sample, (batch,): (batch, elements)."""
         W, H = (torch.empty(self.batch, self._elements, dtype=self.dtype, device=self.device) for _ in range(2))
-        element = torch.arange(self._elements, dtype=torch.int64, device=self.device)
-        ahead = max(1, 2 * COLUMNS // max(1, self._elements))
+        ahead = max(1, 2 * NORMALS // max(1, 32 * self._elements))
         for first in range(0, self.batch, ahead):
-            part = slice(first, first + ahead)
-            state, gamma = self._key.state[part, None], self._key.gamma[part, None]
-            samples = torch.arange(state.shape[0], device=self.device)
-            plan = _Plan.of(s[part], t[part], self.depth, state.shape[0], samples)
-            W[part], H[part] = plan.run(state + (element + 1) * gamma, gamma, self.dtype)
+            rows = slice(first, first + ahead)
+            plan = _Sum.of(weights(s[rows], t[rows], self.depth), False, self.dtype, self.device)
+            owner = torch.from_numpy(plan.owner).to(self.device)
+            state, gamma = (k[rows][owner, None] for k in self._key)
+            total = plan.run(state, gamma, len(s[rows]), self._elements, self.dtype)
+            W[rows], H[rows] = total[:, 0, 0], total[:, 1, 0]
         return W, H
 
 
-class _Points(NamedTuple):
-    """Where times lie: root cell r, its start a and width h, leaf x and place θ in the leaf; all of one shape."""
+class _Sum(NamedTuple):
+    """Weighted sums over cells, in turns: the j-th adds the j-th cell of every interval that has so many."""
 
-    r: Tensor
-    h: Tensor
-    x: Tensor
-    theta: Tensor
-
-    @classmethod
-    def of(cls, t: Tensor, depth: int) -> _Points:
-        if not bool((t.abs() < 2.0**HIGHEST).all()):
-            raise InvalidInput(f"path times must be finite and below 2^{HIGHEST}; got {t.flatten()[:4].tolist()}")
-        mantissa, exponent = torch.frexp(t.abs())
-        # below 0 a cell is open at its other end: −2^e starts the cell that ends at −2^{e−1}
-        e = exponent.long() - 1 - ((t < 0) & (mantissa == 0.5)).long()
-        e = torch.where(t == 0, LOWEST - 1, e)
-        low = e < LOWEST
-        e = e.clamp(min=LOWEST)
-        h = _power_of_two(e)
-        a = torch.where(t >= 0, torch.where(low, 0.0, h), torch.where(low, -h, -2.0 * h))
-        r = torch.where(t >= 0, e - LOWEST + 1 - low.long(), LOWEST - 2 - e + low.long())
-        y = (t - a) * (2.0**depth / h)
-        near = y.round()
-        y = torch.where((y - near).abs() < SNAP, near, y)
-        x = y.floor().long()
-        over = x >> depth  # snapped up to the end of the root: the start of the next one
-        theta = y - y.floor()
-        r_next = r + over
-        return cls(r_next, torch.where(over > 0, _root_width(r_next), h), x - (over << depth), theta)
-
-
-def _power_of_two(e: Tensor) -> Tensor:
-    """2^e exactly, float64, for LOWEST ≤ e ≤ HIGHEST."""
-    return torch.tensor([2.0**k for k in range(LOWEST, HIGHEST + 1)], dtype=torch.float64, device=e.device)[e - LOWEST]
-
-
-def _root_width(r: Tensor) -> Tensor:
-    """Width of root cell r: r = 0, 1, 2, … upwards from 0, −1, −2, … downwards."""
-    n = torch.where(r >= 0, r, -1 - r)
-    return _power_of_two(LOWEST + (n - 1).clamp(min=0))
-
-
-def _address(r: Tensor, heap: int | Tensor) -> Tensor:
-    """Address of a cell of root r: heap 0 for what the root draws, 2^level + path for a halving."""
-    return ((r + 128) << (DEEPEST + 1)) + heap
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Bit length of integers 0 ≤ x < 2^53."""
-    return torch.frexp(x.double()).exponent.long()
-
-
-def _trailing_zeros(x: Tensor, none: int) -> Tensor:
-    """Number of zero bits below the lowest one; `none` for x = 0."""
-    return torch.where(x == 0, none, _bits(x & -x) - 1)
-
-
-def _parts(ids: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(address (U, 1), sample (U,), root's width (U, 1)) of cell numbers address·samples + sample."""
-    address = ids // samples
-    return address[:, None], ids % samples, _root_width((address >> (DEEPEST + 1)) - 128)[:, None]
-
-
-class _Take(NamedTuple):
-    """Halves that intervals take up at one level."""
-
-    row: Tensor  # (k,) interval
-    half: Tensor  # (k,) which half
-    width: Tensor  # (k, 1) of the half
-    length: Tensor  # (k, 1) of what the interval's prefix or suffix has so far
-
-
-class _Level(NamedTuple):
-    """The halving of U cells; halves are numbered left 0…U−1, right U…2U−1."""
-
-    code: Tensor  # (U, 1) address of the cell
-    sample: Tensor  # (U,) its row of keys
-    width: Tensor  # (U, 1) of the cell
-    append: _Take  # to prefixes, on their right
-    prepend: _Take  # to suffixes, on their left
-    source: Tensor  # (U',) halves that are the cells of the next level
-
-
-class _Leaf(NamedTuple):
-    """Parts [θ₁, θ₂] of leaves."""
-
-    row: Tensor  # (k,) interval
-    cell: Tensor  # (k,) leaf
-    width: Tensor  # (k, 1) of the leaf
-    first: Tensor  # (k, 1) θ₁
-    last: Tensor  # (k, 1) θ₂
-    length: Tensor  # (k, 1) of what the interval's prefix or suffix has so far
-
-
-class _Roots(NamedTuple):
-    """Root cells to draw, and, where they are whole pieces of intervals, whose."""
-
-    code: Tensor  # (U, 1)
-    sample: Tensor  # (U,)
-    width: Tensor  # (U, 1)
-    row: Tensor  # (U,) interval
-    turn: Tensor  # (U,) 0 for an interval's first root, 1 for its second, …
-
-
-class _Plan(NamedTuple):
-    """The cells of some intervals [s, t]: integers and lengths, no random numbers yet.
-
-    An interval inside one root is a suffix of the left and a prefix of the right half of the smallest cell around it; any
-    other is a suffix of a root, whole roots, and a prefix of a root. Rows 0…n−1 below are suffixes, n…2n−1 prefixes.
-    """
-
-    sign: Tensor
-    roots: _Roots
-    levels: list[_Level]
-    leaf: _Leaf
-    between: _Roots
-    prefix: Tensor  # (n, 1) length of the prefixes
-    length: Tensor  # (n, 1) of the intervals
+    order: Tensor | None  # (n,) intervals, those with most cells first; None: as given
+    roots: Tensor  # (U₀, 1) addresses
+    halvings: Tensor  # (U₁, 1) addresses
+    owner: Integers  # (U₀ + U₁,) the interval that brought the cell
+    cell: list[Tensor]  # of the j-th turn: (m_j,) cells
+    weight: list[tuple[Tensor, Tensor]]  # of the j-th turn: of Z and of N, (m_j, 2 for W and H, 1) each
 
     @classmethod
-    def of(cls, s: Tensor, t: Tensor, depth: int, samples: int, sample: Tensor) -> _Plan:
-        """The plan for s, t (n,), interval i belonging to sample[i] < samples."""
-        n, p, q = s.shape[0], _Points.of(torch.minimum(s, t), depth), _Points.of(torch.maximum(s, t), depth)
-        r, h, x, theta = (torch.cat(pair) for pair in zip(p, q, strict=True))
-        # levels above the smallest cell around the interval: −1 for several roots, `depth` for one leaf
-        common = torch.where(p.r == q.r, depth - _bits(p.x ^ q.x), -1)
-        # levels after which a point is the end of a cell: 0 at a root's start, depth + 1 inside a leaf
-        ends = torch.where(theta > 0, depth + 1, depth - _trailing_zeros(x, depth))
-        whole = (common < 0) & (ends[:n] == 0)
-        empty = (p.r == q.r) & (p.x == q.x) & (p.theta == q.theta)
-        short = (ends[:n] <= common) & (common < depth)  # the suffix is all of the left half
-        need = torch.cat([torch.where(short, common + 1, ends[:n]), ends[n:]]).clamp(max=depth)
-        need[:n][common == depth] = depth
-        need[:n][whole | empty] = 0
-        need[n:][empty | (common == depth)] = 0
-        in_leaf = torch.cat([(theta[:n] > 0) | (common == depth), theta[n:] > 0]) & (need == depth)
-        in_leaf[:n] &= ~short
-        c, who, done = common.repeat(2), sample.repeat(2), torch.zeros_like(h)
+    def of(cls, plan: Weights, shared: bool, dtype: torch.dtype, device: torch.device) -> _Sum:
+        """The sums of a plan, its intervals drawing their cells once together if `shared`, else each its own."""
+        order = np.argsort(-plan.count, kind="stable")
+        code, count = plan.code[order], plan.count[order]
+        there = np.arange(code.shape[1]) < count[:, None]
+        owner = np.broadcast_to(order[:, None], code.shape)[there]
+        codes, place = code[there], np.arange(there.sum())
+        if shared and len(order) > 1:
+            codes, first, place = np.unique(codes, return_index=True, return_inverse=True)
+            owner = owner[first]
+        roots_first = np.argsort(~is_root(codes), kind="stable")
+        rank = np.empty_like(roots_first)
+        rank[roots_first] = np.arange(len(codes))
+        index = np.zeros_like(code)
+        index[there] = rank[place]
+        codes, roots = codes[roots_first], int(is_root(codes).sum())
+        active = there.sum(0).tolist()
+        cells = torch.from_numpy(np.ascontiguousarray(index.T)).to(device)
+        weight = np.ascontiguousarray(plan.weight[order].transpose(3, 0, 1, 2))
+        values = torch.from_numpy(weight).to(device, dtype)[..., None]
+        return cls(
+            torch.from_numpy(order).to(device) if (np.diff(order) < 0).any() else None,
+            torch.from_numpy(codes[:roots, None]).to(device),
+            torch.from_numpy(codes[roots:, None]).to(device),
+            owner[roots_first],
+            [cells[j, :m] for j, m in enumerate(active)],
+            [(values[j, :m, :, 0], values[j, :m, :, 1]) for j, m in enumerate(active)],
+        )
 
-        active = (need > 0).nonzero()[:, 0]
-        ids, place = torch.unique(_address(r[active], 1) * samples + who[active], return_inverse=True)
-        address, own, width = _parts(ids, samples)
-        roots = _Roots(address - 1, own, width, own, own)
-        levels = []
-        for level in range(int(need.max())):
-            bit, cells = (x[active] >> (depth - 1 - level)) & 1, ids.numel()
-            suffix, inside, open_ = active < n, level > c[active], ends[active] > level
-            corner = suffix & (level == c[active]) & ~open_
-            right = suffix & inside & open_ & ((bit == 0) | (ends[active] == level + 1))
-            left = ~suffix & inside & (bit == 1)
-            takes = []
-            for chosen in (left, right | corner):
-                rows = active[chosen]
-                width = h[rows] * 2.0 ** -(level + 1)
-                half = (place + right * cells)[chosen]
-                takes.append(_Take(rows, half, width[:, None], done[rows][:, None]))
-                done[rows] += width
-            code, own, width = _parts(ids, samples)
-            stay = (need[active] > level + 1) | in_leaf[active]
-            taken, active = (place + bit * cells)[stay], active[stay]
-            path = (1 << (level + 1)) + (x[active] >> (depth - 1 - level))
-            ids, place = torch.unique(_address(r[active], path) * samples + who[active], return_inverse=True)
-            source = torch.empty_like(ids).index_copy_(0, place, taken)
-            levels.append(_Level(code, own, width * 2.0**-level, takes[0], takes[1], source))
-        first = torch.where(active < n, theta[active], 0.0)
-        last = torch.where(active >= n, theta[active], 1.0)
-        one = (active < n) & (c[active] == depth)
-        last[one] = theta[n:][active[one]]
-        width = h[active] * 2.0**-depth
-        leaf = _Leaf(active, place, *(v[:, None] for v in (width, first, last, done[active])))
-        done[active] += width * (last - first)
-        between = _between(p.r + (~whole).long(), q.r, sample, samples)
-        middle = torch.zeros_like(s).index_add_(0, between.row, between.width[:, 0])
-        length = torch.where(empty, 1.0, done[:n] + middle + done[n:])
-        sign = torch.where(s <= t, 1.0, -1.0)
-        return cls(sign[:, None], roots, levels, leaf, between, done[n:, None], length[:, None])
-
-    def run(self, state: Tensor, gamma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(W, H) of the intervals, (n, C), from keys (samples, C) and (samples, C or 1)."""
-        n, columns = self.sign.shape[0], state.shape[1]
-        W, A = (
-            torch.zeros(2 * n, columns, dtype=dtype, device=state.device) for _ in range(2)
-        )  # A: ∫ of w − w(piece's start)
-        cell, arch = _draw_roots(self.roots, state, gamma, dtype)
-        normals = self._normals(state, gamma, dtype)
-        for level, (Z, N) in zip(self.levels, normals, strict=True):
-            cell, arch = _halve(level, cell, arch, Z, N)
-            for take, on_left in ((level.append, False), (level.prepend, True)):
-                if take.row.numel():
-                    w, k = cell[take.half], arch[take.half]
-                    _join(W, A, take.row, w, k, take.width.to(dtype), take.length.to(dtype), on_left)
-            cell, arch = cell[level.source], arch[level.source]
-        self._take_leaves(W, A, cell, arch)
-        W, A, prefix_W, prefix_A = W[:n], A[:n], W[n:], A[n:]
-        self._take_roots(W, A, state, gamma)
-        A += W * self.prefix.to(dtype)
-        A += prefix_A
-        W += prefix_W
-        H = A.mul_((1.0 / self.length).to(dtype)).sub_(W * 0.5)
-        return W.mul_(self.sign.to(dtype)), H
-
-    def _normals(self, state: Tensor, gamma: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """(Z, N)/std of every level: made together where there are few, since torch's calls then cost more than numbers."""
-        sizes = [level.code.shape[0] for level in self.levels]
-        if self.levels and sum(sizes) * state.shape[1] <= 4 * BLOCK:
-            code, sample = (torch.cat([getattr(v, k) for v in self.levels]) for k in ("code", "sample"))
-            first, second = _pairs(code, sample, state, gamma, dtype)
-            yield from zip(first.split(sizes), second.split(sizes), strict=True)
+    def run(self, state: Tensor, gamma: Tensor, n: int, elements: int, dtype: torch.dtype) -> Tensor:
+        """(n, 2 for W and H, samples, elements) from keys (1, samples), or (cells, 1) of every cell."""
+        roots, samples = len(self.roots), state.shape[1]
+        pair = torch.empty(2, len(self.owner), samples, elements, dtype=dtype, device=state.device)
+        split = (slice(None, roots), slice(roots, None)) if state.shape[0] > 1 else (slice(None), slice(None))
+        _draw_roots(self.roots, state[split[0]], gamma[split[0]], pair[:, :roots])
+        _draw_halvings(self.halvings, state[split[1]], gamma[split[1]], pair[:, roots:])
+        pair = pair.flatten(2)
+        total = torch.zeros(n, 2, samples * elements, dtype=dtype, device=state.device)
+        if n == 1:  # its cells are in order
+            chosen = zip(pair[0, :, None].unbind(), pair[1, :, None].unbind(), strict=True)
         else:
-            for level in self.levels:
-                yield _pairs(level.code, level.sample, state, gamma, dtype)
-
-    def _take_leaves(self, W: Tensor, A: Tensor, cell: Tensor, arch: Tensor) -> None:
-        row, place, *scalars = self.leaf
-        width, first, last, length = (v.to(W.dtype) for v in scalars)
-        part = last - first
-        bow = 6.0 * (last * (1.0 - last) - first * (1.0 - first))
-        for chosen, on_left in ((row < self.sign.shape[0], True), (row >= self.sign.shape[0], False)):
-            if bool(chosen.any()):
-                c, a, p = cell[place[chosen]], arch[place[chosen]], part[chosen]
-                w, k = c * p + a * bow[chosen], a * p**2
-                _join(W, A, row[chosen], w, k, width[chosen] * p, length[chosen], on_left)
-
-    def _take_roots(self, W: Tensor, A: Tensor, state: Tensor, gamma: Tensor) -> None:
-        cell, arch = _draw_roots(self.between, state, gamma, W.dtype)
-        width = self.between.width.to(W.dtype)
-        for turn in range(int(self.between.turn.max()) + 1 if width.numel() else 0):
-            mine = (self.between.turn == turn).nonzero()[:, 0]
-            _join(W, A, self.between.row[mine], cell[mine], arch[mine], width[mine], width[mine], False)
+            chosen = (torch.index_select(pair, 1, cell)[:, :, None].unbind() for cell in self.cell)
+        for (Z, N), (of_Z, of_N) in zip(chosen, self.weight, strict=True):
+            part = total[: len(of_Z)] if len(of_Z) < n else total
+            part += Z * of_Z
+            part += N * of_N
+        if self.order is not None:
+            total = torch.empty_like(total).index_copy_(0, self.order, total)
+        return total.view(n, 2, samples, elements)
 
 
-@functools.lru_cache(maxsize=32)
-def _sweep_plan(s: tuple[float, ...], t: tuple[float, ...], depth: int, device: torch.device) -> _Plan:
-    first, last = (torch.tensor(v, dtype=torch.float64, device=device) for v in (s, t))
-    return _Plan.of(first, last, depth, 1, torch.zeros(len(s), dtype=torch.int64, device=device))
+@functools.lru_cache(maxsize=128)
+def _shared_sum(s: bytes, t: bytes, depth: int, dtype: torch.dtype, device: torch.device) -> _Sum:
+    # the grid of a sweep comes again with the next batch
+    return _Sum.of(weights(np.frombuffer(s), np.frombuffer(t), depth), True, dtype, device)
 
 
-def _join(
-    W: Tensor, A: Tensor, row: Tensor, w: Tensor, k: Tensor, width: Tensor, length: Tensor, on_left: bool
-) -> None:
-    """Give the intervals `row` a piece with increment w, area k and that width, in place.
-
-    A of a union is A_left + |right|·W_left + A_right, A = width (w/2 + k) of the piece; `length` is that of what stands.
-    """
-    area = (w * 0.5 + k) * width
-    area += w * length if on_left else W[row] * width
-    A.index_add_(0, row, area)
-    W.index_add_(0, row, w)
+def _words(code: Tensor, state: Tensor, gamma: Tensor, number: int) -> Tensor:
+    """Words 0 … number − 1 of cells, addresses (cells, 1) and keys (1, samples) or (cells, 1): (cells, samples, number)."""
+    begin = (code << 30) * gamma
+    begin += state
+    step = torch.arange(1, number + 1, dtype=torch.int64, device=state.device)
+    return mix64_(begin[..., None] + gamma[..., None] * step)
 
 
-def _between(first: Tensor, last: Tensor, sample: Tensor, samples: int) -> _Roots:
-    """The roots first … last − 1 of every interval, in order."""
-    count = (last - first).clamp(min=0)
-    row = torch.arange(count.numel(), device=count.device).repeat_interleave(count)
-    turn = torch.arange(row.numel(), device=count.device) - (count.cumsum(0) - count)[row]
-    address, own, width = _parts(_address(first[row] + turn, 0) * samples + sample[row], samples)
-    return _Roots(address, own, width, row, turn)
+def _draw_roots(code: Tensor, state: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """Normals of roots, into (2, cells, samples, elements)."""
+    if out.shape[1]:
+        normal_pair_(_words(code, state, gamma, out.shape[3]), out[0], out[1])
 
 
-def _draw_roots(roots: _Roots, state: Tensor, gamma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(W, H) of root cells, (U, C)."""
-    W, H = _pairs(roots.code, roots.sample, state, gamma, dtype)
-    return W.mul_(roots.width.sqrt().to(dtype)), H.mul_((roots.width / 12.0).sqrt().to(dtype))
-
-
-def _halve(level: _Level, W: Tensor, H: Tensor, Z: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-    """(W, H) of the halves, (2U, C) each, from those of the cells (U, C) and two normals each."""
-    Z *= (level.width / 16.0).sqrt().to(W.dtype)
-    N *= (level.width / 48.0).sqrt().to(W.dtype)  # half of N ~ N(0, h/12)
-    W12, H12 = W.new_empty(2, *W.shape), H.new_empty(2, *H.shape)
-    torch.mul(H, 1.5, out=W12[0])
-    W12[0] += W * 0.5
-    W12[0] += Z
-    torch.sub(W, W12[0], out=W12[1])
-    common = H.mul_(0.25).sub_(Z.mul_(0.5))
-    torch.add(common, N, out=H12[0])
-    torch.sub(common, N, out=H12[1])
-    return W12.flatten(0, 1), H12.flatten(0, 1)
-
-
-def _pairs(code: Tensor, sample: Tensor, state: Tensor, gamma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Independent standard normals of the cells, two of (U, C): word code·2³⁰ + element of every sample's generator."""
-    cells, columns = code.shape[0], state.shape[1]
-    first, second = (torch.empty(cells, columns, dtype=dtype, device=state.device) for _ in range(2))
-    own = state.shape[0] > 1
-    rows = max(1, BLOCK // max(1, columns))
-    for i in range(0, cells, rows):
-        part = slice(i, i + rows)
-        words = (code[part] << 30) * (gamma[sample[part]] if own else gamma)
-        words = words + (state[sample[part]] if own else state)
-        normal_pair_(mix64_(words), first[part], second[part])
-    return first, second
+def _draw_halvings(code: Tensor, state: Tensor, gamma: Tensor, out: Tensor) -> None:
+    """Normals of halvings, into (2, cells, samples, elements): four elements a word, 15 bits each."""
+    if out.shape[1]:
+        elements = out.shape[3]
+        fields = _words(code, state, gamma, (elements + 3) // 4).view(torch.int16)[..., :elements]
+        index = fields.bitwise_and((1 << LATTICE_BITS) - 1).int().flatten()
+        for table, normals in zip(lattice_normals(out.dtype, out.device), out, strict=True):
+            torch.index_select(table, 0, index, out=normals.view(-1))

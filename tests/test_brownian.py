@@ -125,8 +125,8 @@ def test_a_sweep_in_pieces_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch):
     grid = torch.linspace(0.0, 1.0, 33)
     W, H = path().increments(grid)
     monkeypatch.setattr("sdeflow.brownian.SWEEP", 5 * 15)
-    monkeypatch.setattr("sdeflow.brownian.COLUMNS", 4)
-    monkeypatch.setattr("sdeflow.random.BLOCK", 8)
+    monkeypatch.setattr("sdeflow.brownian.NORMALS", 30)
+    monkeypatch.setattr("sdeflow.brownian.STEPS", 3)
     for i, (w, h) in enumerate(path().sweep(grid)):
         assert torch.equal(w, W[i]) and torch.equal(h, H[i])
 

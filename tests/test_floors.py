@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "sdeflow"
 # Lowest first. A name is a module of the package; "solvers.*" is every file of that folder not named elsewhere.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("counting", "random", "solution"),
+    ("counting", "random", "solution", "brownian_plan"),
     ("brownian_torchsde",),
     ("processes", "brownian", "networks"),
     ("predictions",),

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from sdeflow.errors import InvalidInput
-from sdeflow.random import Key, sample_seeds, standard_normal, uniform
+from sdeflow.random import Key, lattice_normals, sample_seeds, standard_normal, uniform
 
 RATE = 1e-6
 
@@ -104,3 +104,14 @@ def test_what_is_refused():
         uniform(torch.tensor([1.0]), (2,))
     with pytest.raises(InvalidInput, match="index"):
         uniform(torch.tensor([1]), (2,), index=torch.tensor([1, 2]))
+
+
+def test_lattice_normals_have_the_moments_of_two_independent_normals():
+    Z, N = (v.double() for v in lattice_normals(torch.float32, torch.device("cpu")))
+    for x in (Z, N):
+        assert abs(x.mean()) < 1e-6 and abs(x.square().mean() - 1.0) < 1e-6 and abs((x**4).mean() - 3.0) < 1e-2
+        assert (
+            x.sort().values - torch.special.ndtri((torch.arange(len(x)).double() + 0.5) / len(x))
+        ).abs().max() < 2e-2
+    assert abs((Z * N).mean()) < 1e-7 and abs((Z**2 * N**2).mean() - 1.0) < 5e-3
+    assert max(abs((Z**3 * N).mean()), abs((Z * N**3).mean()), abs((Z**2 * N).mean())) < 5e-3

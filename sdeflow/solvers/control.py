@@ -385,6 +385,8 @@ class _Run:
         if self.coupled:
             error, grow, shrink = error.amax().expand_as(error), grow.amin().expand_as(grow), shrink.amin().expand_as(h)
         ok = error <= 1.0
+        # a rejected last step that shrinks by less than the stretch would be stretched back to itself, for ever
+        shrink = torch.where(land, shrink.clamp_max(0.99 / STRETCH), shrink)
         if self.trace is not None:
             self.trace.add(now.rows, now.u, end, now.z, self.stepper.payload(), ok)
         now.u = torch.where(ok, end, now.u)
