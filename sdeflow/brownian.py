@@ -6,7 +6,7 @@ whoever asks, so an interval has the same bits in any batch, sweep or order of q
 the quadratic θW + 6θ(1 − θ)H, the mean given (W, H).
 
 Roots are drawn by Box–Muller, halvings from `lattice_normals`, which have the exact second moments and 2¹⁵ values each: an
-increment is normal up to the sum of several such, and every covariance of (W, H) over any intervals is exact.
+increment is normal up to the sum of several such, and every covariance of (W, H) between ends of leaves is exact.
 
 Sources: Foster, Lyons & Oberhauser 2020 and Foster, Habermann & Goncalo dos Reis 2024 (H and its bridges);
 Jelinčič, Tao, Cass, Foster & Kidger 2024, "Single-seed generation of Brownian paths and integrals" (virtual Brownian tree).
@@ -50,7 +50,8 @@ class BrownianPath:
         shape: event shape, without the batch.
         dtype, device: of the values. float32 and float64 see the same path up to rounding.
         depth: halvings below a root cell, 1…24. Steps should be longer than 2^−depth of |t|: a step of length h has its
-            variance low by at most 2^−depth |t|/(8h) of itself. A descent costs `depth` normal pairs an element.
+            variance low by at most 2^−depth |t|/(6h) of itself, that of H by three
+            times as much. An end costs up to `depth` pairs an element.
 
     Raises:
         InvalidInput: the seeds are not integers, one a sample, or an argument is out of range.

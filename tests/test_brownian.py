@@ -12,6 +12,7 @@ import torchsde
 from scipy import stats
 
 from sdeflow.brownian import BrownianPath
+from sdeflow.brownian_plan import weights
 from sdeflow.errors import InvalidInput
 from sdeflow.random import sample_seeds
 
@@ -93,6 +94,21 @@ def covariance(pieces: list[tuple[float, float]]) -> np.ndarray:
         phi += [inside, inside * (0.5 - (u - s) / (t - s))]
     kernel = np.stack(phi)
     return (kernel * du) @ kernel.T
+
+
+@pytest.mark.parametrize("depth", [4, 16])
+def test_variance_is_low_by_no_more_than_stated(depth: int):
+    """Exactly, from the weights: by |t| 2^−depth/(6h) of W's, three times that of H's; nearly reached; never too much."""
+    s = np.random.default_rng(0).uniform(0.5, 1.0, 4000)
+    for h in (8.0 * 2.0**-depth, 64.5 * 2.0**-depth):
+        h = np.minimum(h, 1.0 - s)
+        h = np.where(h < 2.0 * 2.0**-depth, 2.0 * 2.0**-depth, h)
+        W, H = ((weights(s, s + h, depth).weight ** 2).sum((2, 3)) / h[:, None]).T
+        share = 2.0**-depth * (s + h) / (6.0 * h)
+        low_W, low_H = 1.0 - W, 1.0 - 12.0 * H
+        assert min(low_W.min(), low_H.min()) > -1e-12
+        assert (low_W <= share).all() and (low_H <= 3.0 * share).all()
+        assert (low_W / share).max() > 0.4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
