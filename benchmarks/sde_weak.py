@@ -359,10 +359,11 @@ def rounded(value):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "parts", nargs="*", default=["variance", "adaptive", "samples"], choices=["variance", "adaptive", "samples", []]
+        "parts", nargs="*", default=[], choices=["variance", "adaptive", "samples", []], help="default: all of them"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sde_weak.json"))
     options = parser.parse_args()
+    options.parts = options.parts or ["variance", "adaptive", "samples"]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     began = time.perf_counter()
