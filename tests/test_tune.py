@@ -214,7 +214,6 @@ def test_the_error_it_expects_ranks_candidates_on_other_samples():
         error = [rms(sf.solve(equation, result.solver, x).x, end) for result in results]
     expected = [result.expected for result in results]
     assert np.corrcoef(np.log(expected), np.log(error))[0, 1] > 0.7, (expected, error)
-    # flips are most of it: the pilot's own errors do not rank candidates as well
     assert min(result.flips for result in results) > 0
 
 

@@ -1,9 +1,10 @@
 """Spend a fixed budget best: choose order, corrector, chart, grid and weights of an Adams solver for one network.
 
-One tight solve of a few pilot samples gives true paths; a linear model of the error (paths.py) ranks hundreds of grids on
-them without the network. The best are run on the pilot, their weights fitted on the way (fit.py), and refined by a local search. What
-is minimised is the expected mean square end-point error of *other* samples: the pilot's own error, each sample's with weights fitted
-without it, and the flips that a pilot is too small to meet (borders.py). No exact score is needed.
+One tight solve of a few pilot samples gives true paths (paths.py), on which hundreds of candidates are fitted and ranked without the
+network. The best are run on the pilot, their weights fitted on the way (fit.py), and refined by a local search. What is minimised
+is the RMS end-point error expected of *other* samples, as a geometric mean over batches (trial.py): the pilot's own errors, each
+sample's with weights fitted without it, errors near borders between modes, and the flips that a pilot is too small to meet
+(borders.py). No exact score is needed.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Tuning:
 
     Attributes:
         solver: the tuned solver.
-        pilot_error: RMS end-point error of the pilot samples against the tight solve, each with weights fitted without it, single errors
-            counted up to ten medians.
+        pilot_error: RMS end-point error expected of samples that do not flip: of the pilot's against the tight solve, each with weights
+            fitted without it, and of those near borders. Flipped ones count as ten medians.
         flip_error: RMS error expected of samples that flip to another mode; 0 where no borders were looked for.
         evaluations: network evaluations each pilot sample cost.
         candidates: candidates run on the pilot: (solver, expected RMS error), best first.
@@ -67,8 +68,8 @@ def tune(
         equation: a `ProbabilityFlowODE`.
         budget: evaluations a sample of the solver, ≥ 2.
         pilot: start states of the pilot samples (n, *event) at t_max, e.g. `process.prior((32, *event), seed=...)`; at most 32 are used.
-            Use other seeds for what you generate, or the pilot's error flatters. From 8 pilots and 5 evaluations on, a quarter
-            of the rows serves to measure flips; see `sdeflow.tune.borders`.
+            Use other seeds for what you generate, or the pilot's error flatters. From 8 pilots and 5 evaluations on, half
+            of the rows serve to measure flips and the errors near borders; see `sdeflow.tune.borders`.
         seed: of the search's own random numbers.
         progress: True for a line on stderr, or a function of the fraction done.
 

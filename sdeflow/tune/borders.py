@@ -56,6 +56,7 @@ class Borders:
 
     Attributes:
         start: (n, *event): row k lies on the arc from pilot k to pilot k + 1, under row k's own condition (class, prompt).
+        near: (n, *event): starts on the same arcs beside the border, as far from it as NEAR says.
         left, right: paths from θ* − δ and θ* + δ.
         jump: J(2δ) of every row, (n,).
         across: J at WIDTHS of every row, (HALVINGS + 1, n).

@@ -66,31 +66,34 @@ class Pilot(NamedTuple):
         return self.borders.displacement(times, slice(self.first, self.last))
 
 
-Outputs = Callable[[int, np.ndarray], np.ndarray]
-"""(k, each sample's row of weights) → D_k in the kept components, after moving to t_k by these weights."""
+Output = Callable[[int], np.ndarray]
+"""k → D_k in the kept components, where the samples are."""
+Move = Callable[[np.ndarray], np.ndarray]
+"""Each sample's row of weights (n, k) → x_k in the kept components; the samples are there from then on."""
 
 
-def solved(equation: ReverseSDE, times: Tensor, pilot: Pilot) -> tuple[Outputs, Callable[[np.ndarray], np.ndarray]]:
-    """D from the network on the states the weights lead to, and those states' kept components."""
+def solved(equation: ReverseSDE, times: Tensor, pilot: Pilot) -> tuple[Output, Move]:
+    """D from the network on the states the weights lead to."""
     process, predict = equation.process, equation.predict
     assert process is not None and predict is not None
     ratio = (process.sigma(times) / process.sigma(times[0])).tolist()
-    start, outputs = pilot.start, []
+    start, outputs, x = pilot.start, [], pilot.start.double()
 
-    def moved(own: np.ndarray) -> Tensor:
+    def output(k: int) -> np.ndarray:
+        outputs.append(predict.data(x.to(start.dtype), times[k]).double())
+        return chosen(outputs[-1], pilot.kept)
+
+    def move(own: np.ndarray) -> np.ndarray:
+        nonlocal x
         x = start.double() * ratio[len(outputs)]
         for j, D in enumerate(outputs):
             x += D * torch.from_numpy(own[:, j].copy()).to(D.device).reshape(-1, *[1] * (D.ndim - 1))
-        return x
+        return chosen(x, pilot.kept)
 
-    def output(k: int, own: np.ndarray) -> np.ndarray:
-        outputs.append(predict.data(moved(own).to(start.dtype), times[k]).double())
-        return chosen(outputs[-1], pilot.kept)
-
-    return output, lambda own: chosen(moved(own), pilot.kept)
+    return output, move
 
 
-def modelled(times: Tensor, pilot: Pilot, part: slice) -> tuple[Outputs, Callable[[np.ndarray], np.ndarray]]:
+def modelled(times: Tensor, pilot: Pilot, part: slice) -> tuple[Output, Move]:
     """The same without the network: D is that of the true path plus J (x̂ − x), J that of data with one scale; components `part`."""
     paths = pilot.paths
     process = paths.process
@@ -99,23 +102,25 @@ def modelled(times: Tensor, pilot: Pilot, part: slice) -> tuple[Outputs, Callabl
     J = alpha * paths.scale**2 / (alpha**2 * paths.scale**2 + sigma**2)
     ratio, start = sigma / sigma[0], chosen(pilot.start, pilot.kept)[:, part]
     outputs: list[np.ndarray] = []
+    x = start
 
-    def moved(own: np.ndarray) -> np.ndarray:
+    def output(k: int) -> np.ndarray:
+        outputs.append(D[k] + J[k] * (x - true[k]) if k else D[0])
+        return outputs[-1]
+
+    def move(own: np.ndarray) -> np.ndarray:
+        nonlocal x
         x = start * ratio[len(outputs)]
         for j, value in enumerate(outputs):
             x += own[:, j, None] * value
         return x
 
-    def output(k: int, own: np.ndarray) -> np.ndarray:
-        outputs.append(D[k] + J[k] * (moved(own) - true[k]) if k else D[0])
-        return outputs[-1]
-
-    return output, moved
+    return output, move
 
 
 def fit(
-    output: Outputs,
-    moved: Callable[[np.ndarray], np.ndarray],
+    output: Output,
+    move: Move,
     times: Tensor,
     clock: np.ndarray,
     adams: np.ndarray,
@@ -126,7 +131,7 @@ def fit(
     """Fit the weights on `times` while solving.
 
     Args:
-        output, moved: of `solved` or `modelled`.
+        output, move: of `solved` or `modelled`.
         clock: u of the times.
         adams: the weights to correct, (N, N).
         exact: q.
@@ -139,13 +144,13 @@ def fit(
     across = across[:, :, part]
     ratio, alpha = (process.sigma(times) / process.sigma(times[0])).tolist(), process.alpha(times).tolist()
     group, start = np.arange(n) % GROUPS, chosen(pilot.start, pilot.kept)[:, part]
-    weights, displaced, own = np.zeros_like(adams), np.zeros(node.size), np.zeros((n, 0))
+    weights, displaced = np.zeros_like(adams), np.zeros(node.size)
     left_at = np.full(n, steps + 1)
     left_at[pilot.first : pilot.last] = node
     seen: list[np.ndarray] = []
     x = start
     for k in range(steps):
-        seen.append(output(k, own))
+        seen.append(output(k))
         row = weights[k, : k + 1] = adams[k, : k + 1]
         own = np.tile(row, (n, 1))
         if k >= exact:
@@ -162,7 +167,7 @@ def fit(
             shift, shifts = system.solved(LOUDEST * abs(row.sum()))
             weights[k, : k + 1] += shift
             own = own + shifts[group]
-        x = moved(own)
+        x = move(own)
         here = node == k + 1
         displaced[here] = np.einsum("nd,nd->n", (x - true[k + 1])[pilot.first : pilot.last][here], across[k + 1][here])
     return Fitted(weights, np.sqrt(np.square(x - true[-1]).mean(1)), displaced)

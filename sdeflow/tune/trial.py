@@ -18,7 +18,7 @@ from sdeflow.solvers.fixed_adams import FittedAdams, FixedAdams, data_weights
 from sdeflow.tune import borders
 from sdeflow.tune.borders import Borders
 from sdeflow.tune.candidates import Candidate
-from sdeflow.tune.fit import STRAY, Pilot, fit, modelled, solved
+from sdeflow.tune.fit import STRAY, Move, Output, Pilot, fit, modelled, solved
 from sdeflow.tune.paths import Paths
 
 MOST_SOLVES, TIGHT = 100, 12
@@ -107,13 +107,15 @@ class Trial:
         assert isinstance(solver.grid, Nodes)
         return solver, torch.tensor(solver.grid.values, dtype=torch.float64)
 
-    def _result(self, candidate: Candidate, solver: FixedAdams, times: Tensor, part: slice, output, moved) -> Result:
+    def _result(
+        self, candidate: Candidate, solver: FixedAdams, times: Tensor, part: slice, output: Output, move: Move
+    ) -> Result:
         assert solver.chart is not None and solver.corrector is not None
         pilot, process = self.pilot, self.pilot.paths.process
         adams = data_weights(process, times, solver.chart, solver.order, solver.corrector)
         clock = solver.chart.bind(process).u(times).numpy()
         try:
-            fitted = fit(output, moved, times, clock, adams, candidate.exact, pilot, part)
+            fitted = fit(output, move, times, clock, adams, candidate.exact, pilot, part)
         except (np.linalg.LinAlgError, ValueError):  # NaN or infinity
             return Result(_with(solver, adams), math.inf, 0.0, 0.0)
         error = np.square(self._counted(fitted.error[: pilot.first])).mean()
