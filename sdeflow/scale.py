@@ -32,12 +32,7 @@ def data_scale(equation: Equation, pilot: Tensor, steps: int = 20) -> float:
         raise InvalidInput(
             f"data_scale needs a diffusion equation; got {equation!r}. Write sf.ProbabilityFlowODE(predict)"
         )
-    if not isinstance(pilot, Tensor) or pilot.ndim < 2 or pilot.shape[0] < 2 or not pilot.is_floating_point():
-        given = tuple(pilot.shape) if isinstance(pilot, Tensor) else type(pilot).__name__
-        raise InvalidInput(
-            f"pilot must be at least 2 start states (n, *event), a floating tensor; got {given}. Write "
-            "pilot=process.prior((32, *event), seed=1234)"
-        )
+    check_pilot(pilot)
     flow = ProbabilityFlowODE(equation.predict)
     with torch.no_grad():
         end = solve(flow, UniPC(order=2, steps=steps, grid=UniformLogSNR()), pilot, on_failure="return").x
@@ -45,3 +40,13 @@ def data_scale(equation: Equation, pilot: Tensor, steps: int = 20) -> float:
     if not 0.0 < scale < float("inf"):
         raise InvalidInput(f"the pilot's ends have scale {scale}: the network's samples are constant, NaN or infinite")
     return scale
+
+
+def check_pilot(pilot: Tensor) -> None:
+    """Refuse what are not at least two start states."""
+    if not isinstance(pilot, Tensor) or pilot.ndim < 2 or not pilot.is_floating_point() or pilot.shape[0] < 2:
+        given = tuple(pilot.shape) if isinstance(pilot, Tensor) else type(pilot).__name__
+        raise InvalidInput(
+            f"pilot must be at least 2 start states (n, *event), a floating tensor; got {given}. Write "
+            "pilot=process.prior((32, *event), seed=1234)"
+        )

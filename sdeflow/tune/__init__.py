@@ -20,6 +20,7 @@ from torch import Tensor
 from sdeflow.counting import Counter
 from sdeflow.equations import Equation, ReverseSDE
 from sdeflow.errors import InvalidInput
+from sdeflow.scale import check_pilot
 from sdeflow.solvers.fixed_adams import FittedAdams
 from sdeflow.tune.candidates import Candidate, draw
 from sdeflow.tune.trial import MOST_SOLVES, Result, Trial
@@ -136,12 +137,7 @@ def _checked(equation: Equation, budget: int, pilot: Tensor) -> ReverseSDE:
         raise InvalidInput(f"tune needs a probability-flow ODE; got {equation!r}. Write sf.ProbabilityFlowODE(predict)")
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 2:
         raise InvalidInput(f"budget must be an integer ≥ 2, the evaluations a sample may cost; got {budget!r}")
-    if not isinstance(pilot, Tensor) or pilot.ndim < 2 or not pilot.is_floating_point() or pilot.shape[0] < 2:
-        given = tuple(pilot.shape) if isinstance(pilot, Tensor) else type(pilot).__name__
-        raise InvalidInput(
-            f"pilot must be at least 2 start states (n, *event), a floating tensor; got {given}. Write "
-            "pilot=process.prior((32, *event), seed=1234)"
-        )
+    check_pilot(pilot)
     return equation
 
 
