@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from budget_field import KEPT, SCREENED, charted, field, hindsight, rmse, version
+from cells import PROBLEMS, PROCESSES
 from torch import Tensor
 
 import sdeflow as sf
@@ -37,13 +38,6 @@ from sdeflow.solvers.fixed_adams import FittedAdams
 from sdeflow.tune import search
 
 BUDGETS = [5, 6, 8, 10, 15, 20, 30, 50]
-PROCESSES = {"VP": sf.VP, "EDM": sf.EDM, "RectifiedFlow": sf.RectifiedFlow}
-PROBLEMS = {
-    "gaussian": sf.problems.gaussian,
-    "ring": sf.problems.ring,
-    "mixture64": sf.problems.mixture64,
-    "digits": sf.problems.digits,
-}
 ORDER = [10, 20, 5, 50, 15, 8, 30, 6]
 """Budgets in the order they are run, so that a run cut short has spread itself over all cells."""
 NETWORKS = ("noise", "v")

@@ -24,33 +24,21 @@ import numpy as np
 import torch
 import torchdiffeq
 from adaptive_peers import Coordinates, TooMany, peers
+from budget_field import OURS
+from cells import PROBLEMS, PROCESSES
 
 import sdeflow as sf
 
 TARGETS = [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
 TOLERANCES = [10.0 ** (-0.5 * i) for i in range(1, 16)]
-PROCESSES = {"VP": sf.VP, "EDM": sf.EDM, "RectifiedFlow": sf.RectifiedFlow}
-PROBLEMS = {
-    "ring": sf.problems.ring,
-    "mixture64": sf.problems.mixture64,
-    "digits": sf.problems.digits,
-    "gaussian": sf.problems.gaussian,
-}
 STEPS = [5, 6, 8, 10, 12, 15, 20, 26, 34, 45, 60, 80, 110, 150, 200]
 GRIDS = [sf.UniformTime(), sf.UniformLogSNR(), sf.Karras(), sf.Quadratic()]
 FIXED = {
-    "DDIM": (sf.DDIM, 1),
-    "DPM++2M": (partial(sf.DPMSolverPP, order=2), 1),
-    "DPM++3M": (partial(sf.DPMSolverPP, order=3), 1),
-    "DPM++2S": (partial(sf.DPMSolverPP, order=2, multistep=False), 2),
-    "DPM++3S": (partial(sf.DPMSolverPP, order=3, multistep=False), 3),
-    "DPM-3": (partial(sf.DPMSolver, order=3), 3),
-    "UniPC2": (partial(sf.UniPC, order=2), 1),
-    "UniPC3": (partial(sf.UniPC, order=3), 1),
-    "DEIS3": (partial(sf.DEIS, order=3), 1),
-    "DEIS4": (partial(sf.DEIS, order=4), 1),
-    "EDM Heun": (sf.EDMHeun, 2),
-    "RK4 in t": (partial(sf.RungeKutta, "rk4", chart=sf.PlainTime()), 4),
+    name: OURS[name.replace(" Heun", "Heun")]
+    for name in (
+        *("DDIM", "DPM++2M", "DPM++3M", "DPM++2S", "DPM++3S", "DPM-3"),
+        *("UniPC2", "UniPC3", "DEIS3", "DEIS4", "EDM Heun", "RK4 in t"),
+    )
 }
 """The fixed-grid solvers of diffusers, k-diffusion and azula: our implementations of their formulae, at the order each claims, and
 evaluations a step."""

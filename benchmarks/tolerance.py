@@ -15,16 +15,10 @@ import platform
 from pathlib import Path
 
 import torch
+from cells import PROBLEMS, PROCESSES
 
 import sdeflow as sf
 
-PROCESSES = {"VP": sf.VP, "EDM": sf.EDM, "RectifiedFlow": sf.RectifiedFlow}
-PROBLEMS = {
-    "gaussian": sf.problems.gaussian,
-    "ring": sf.problems.ring,
-    "mixture64": sf.problems.mixture64,
-    "digits": sf.problems.digits,
-}
 TOLERANCES = [10.0**-k for k in range(1, 7)]
 
 
