@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/brownian_speed.py --output benchmarks/results/brownian_speed.json
 
-Everything is timed in turn within one run, and the best of some repeats is kept, so that other work on the machine disturbs the
-ratios little. "dyadic" is a uniform grid of 2^k steps over [0, 1]; "general" one over [0.001, 1], whose nodes are ends of no cell.
-`randn` draws as many numbers as a sweep returns, W and H.
+Everything is timed in turn within one run, and the best of some repeats is kept, or the median of some queries, so that other
+work on the machine disturbs the ratios little. "dyadic" is a uniform grid of 2^k steps over [0, 1]; "general" one over
+[0.001, 1], whose nodes are ends of no cell. `randn` draws as many numbers as a sweep returns, W and H.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +38,15 @@ def best(run: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def once(run: Callable[[], object]) -> float:
-    """Seconds of one run."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+def queried(ways: list[Callable[[float, float], object]], pairs: list[list[float]]) -> list[float]:
+    """Median seconds of a new query to each, asked in turn."""
+    seconds = [[] for _ in ways]
+    for s, t in pairs:
+        for way, spent in zip(ways, seconds, strict=True):
+            began = time.perf_counter()
+            way(s, t)
+            spent.append(time.perf_counter() - began)
+    return [statistics.median(spent) for spent in seconds]
 
 
 def interval(batch: int, dim: int, **settings) -> torchsde.BrownianInterval:
@@ -61,17 +66,21 @@ def measure(batch: int, dim: int, steps: int, repeats: int, queries: int) -> dic
     dyadic, general = (torch.linspace(a, 1.0, steps + 1, dtype=torch.float64) for a in (0.0, 0.001))
     draw = random.Random(0)
     pairs = [sorted((draw.random(), draw.random())) for _ in range(2 * queries)]
+    own = torch.linspace(0.1, 0.9, batch, dtype=torch.float64)
     bm = interval(batch, dim)
     for s, t in pairs[:queries]:  # its tree as it is in use; every timed query is a new one
         bm(s, t, return_U=True)
+    path.increment(0.1, 0.2)
+    own_query, tree_query = queried([path.increment, lambda s, t: bm(s, t, return_U=True)], pairs[queries:])
     times = {
         "randn": best(lambda: torch.randn(steps, 2, batch, dim), repeats),
         "sweep, dyadic grid": best(lambda: path.increments(dyadic), repeats),
         "sweep, general grid": best(lambda: path.increments(general), repeats),
         "BrownianInterval with dt hint": best(lambda: swept(interval(batch, dim, dt=1.0 / steps), dyadic), repeats),
-        "random access, path": once(lambda: [path.increment(s, t) for s, t in pairs[queries:]]) / queries,
-        "random access, BrownianInterval": once(lambda: [bm(s, t, return_U=True) for s, t in pairs[queries:]])
-        / queries,
+        "random access, path": own_query,
+        "random access, BrownianInterval": tree_query,
+        "randn, one step": best(lambda: torch.randn(2, batch, dim), repeats),
+        "step with times of its own for every sample": best(lambda: path.increment(own, own + 0.013), repeats),
     }
     return {name: 1e3 * seconds for name, seconds in times.items()}
 
@@ -85,13 +94,15 @@ def main() -> None:
     rows = []
     for (batch, dim), steps in SIZES.items():
         repeats = options.repeats if batch < 1000 else max(2, options.repeats // 2)
-        ms = measure(batch, dim, steps, repeats, 20 if batch < 1000 else 4)
+        ms = measure(batch, dim, steps, repeats, 40 if batch < 1000 else 8)
         ratios = {
             "dyadic sweep / randn": ms["sweep, dyadic grid"] / ms["randn"],
             "general sweep / randn": ms["sweep, general grid"] / ms["randn"],
             "BrownianInterval with hint / dyadic sweep": ms["BrownianInterval with dt hint"] / ms["sweep, dyadic grid"],
             "BrownianInterval with hint / general sweep": ms["BrownianInterval with dt hint"]
             / ms["sweep, general grid"],
+            "step with own times / step of the general sweep": ms["step with times of its own for every sample"]
+            / (ms["sweep, general grid"] / steps),
             "random access: BrownianInterval / path": ms["random access, BrownianInterval"] / ms["random access, path"],
         }
         rows.append({"batch": batch, "elements": dim, "steps": steps, "ms": ms, "ratios": ratios})

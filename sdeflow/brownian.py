@@ -1,12 +1,15 @@
 """One Brownian path a sample, evaluated anywhere without memory: increments and space-time Lévy areas.
 
-Every root cell and every halving draws two normals, keyed by (seed, cell, element). (W, H) of an interval is their weighted sum,
-root first, then down to the ends of the interval; `brownian_plan` has the cells and the weights. The sum is taken in the same order
-whoever asks, so an interval has the same bits in any batch, sweep or order of queries. `depth` halvings below its root the path is
-the quadratic θW + 6θ(1 − θ)H, the mean given (W, H).
+Every root cell and every halving draws two normals, keyed by (seed, cell, element), and the (W, H) of cells follow level by level
+from root to leaf. `HALVINGS` below the root a cell chooses one of a table of bridges for all that lies deeper, down to `depth`
+halvings, where the path is the quadratic θW + 6θ(1 − θ)H, the mean given (W, H). An interval is a weighted sum of cells and parts
+of cells; `brownian_plan` has them and their weights. A cell is computed by the same sequence of operations whoever asks, and
+an interval summed in the same order, so it has the same bits in any batch, sweep or order of queries.
 
-Roots are drawn by Box–Muller, halvings from `lattice_normals`, which have the exact second moments and 2¹⁵ values each: an
-increment is normal up to the sum of several such, and every covariance of (W, H) between ends of leaves is exact.
+What is exact: the mean and all second moments of (W, H) between ends of leaves. What is not: halvings take their normals from
+`lattice_normals` with 2¹⁵ values each within ±4.2, roots from two of these, within ±5.9; and a step shorter than a cell of the
+table, 2^−10 of |t|, has much of its variance from one of 2¹⁴ bridges, so its fourth moment is a few per cent off and it has
+few values beyond 4σ. Sums of several such steps are normal again.
 
 Sources: Foster, Lyons & Oberhauser 2020 and Foster, Habermann & Goncalo dos Reis 2024 (H and its bridges);
 Jelinčič, Tao, Cass, Foster & Kidger 2024, "Single-seed generation of Brownian paths and integrals" (virtual Brownian tree).
@@ -23,18 +26,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.brownian_plan import DEEPEST, Floats, Integers, Weights, is_root, weights
+from sdeflow.brownian_plan import DEEPEST, Floats, Integers, Plan, halvings, plan
 from sdeflow.errors import InvalidInput
-from sdeflow.random import LATTICE_BITS, Key, lattice_normals, mix64_, normal_pair_
+from sdeflow.random import BRIDGE_BITS, LATTICE_BITS, Key, bridges, lattice_normals, mix64_
 
 if TYPE_CHECKING:
     from torchsde import BaseBrownian
 
 PATH_STREAM = 16
 """Random stream of Brownian paths, apart from those of priors, steps and data."""
-NORMALS = 1 << 19
-"""Pairs of normals held at once: bounds memory, and few enough blocks that torch's calls cost less than numbers."""
-STEPS = 32
+ROOT_1_2, ROOT_3, ROOT_1_8, ROOT_3_8 = 0.5**0.5, 3.0**0.5, 0.125**0.5, 0.375**0.5
+_FIELDS = ((1 << LATTICE_BITS) - 1) * 0x0001000100010001
+VALUES = 1 << 20
+"""Pairs of values held at once: bounds memory, and few enough blocks that torch's calls cost less than numbers."""
+STEPS = 256
 """Steps of a sweep worked on at once; they share their cells."""
 SWEEP = 1 << 20
 """Elements drawn ahead in a sweep, over all its steps."""
@@ -51,7 +56,7 @@ class BrownianPath:
         dtype, device: of the values. float32 and float64 see the same path up to rounding.
         depth: halvings below a root cell, 1…24. Steps should be longer than 2^−depth of |t|: a step of length h has its
             variance low by at most 2^−depth |t|/(6h) of itself, that of H by three
-            times as much. An end costs up to `depth` pairs an element.
+            times as much.
 
     Raises:
         InvalidInput: the seeds are not integers, one a sample, or an argument is out of range.
@@ -163,99 +168,198 @@ class BrownianPath:
 
     def _shared(self, s: Floats, t: Floats) -> tuple[Tensor, Tensor]:
         """Intervals (n,) that all samples share: (n, batch, elements)."""
-        W, H = (torch.empty(len(s), self.batch, self._elements, dtype=self.dtype, device=self.device) for _ in range(2))
+        e = self._elements
+        out = torch.empty(2, len(s), self.batch * e, dtype=self.dtype, device=self.device)
         for first in range(0, len(s), STEPS):
             steps = slice(first, first + STEPS)
-            plan = _shared_sum(s[steps].tobytes(), t[steps].tobytes(), self.depth, self.dtype, self.device)
-            samples = max(1, NORMALS // max(1, len(plan.owner) * self._elements))
+            drawing = _shared_drawing(s[steps].tobytes(), t[steps].tobytes(), self.depth, self.dtype, self.device)
+            samples = max(1, VALUES // max(1, sum(drawing.rows) * e))
             for i in range(0, self.batch, samples):
                 rows = slice(i, i + samples)
                 state, gamma = self._key.state[None, rows], self._key.gamma[None, rows]
-                total = plan.run(state, gamma, len(s[steps]), self._elements, self.dtype)
-                W[steps, rows] = total[:, 0]
-                H[steps, rows] = total[:, 1]
-        return W, H
+                drawing.run(state, gamma, e, out[:, steps, i * e : (i + samples) * e])
+        return out[0], out[1]
 
     def _own(self, s: Floats, t: Floats) -> tuple[Tensor, Tensor]:
         """One interval a sample, (batch,): (batch, elements)."""
-        W, H = (torch.empty(self.batch, self._elements, dtype=self.dtype, device=self.device) for _ in range(2))
-        ahead = max(1, 2 * NORMALS // max(1, 32 * self._elements))
+        out = torch.empty(2, self.batch, self._elements, dtype=self.dtype, device=self.device)
+        ahead = max(1, VALUES // max(1, 48 * self._elements))
         for first in range(0, self.batch, ahead):
             rows = slice(first, first + ahead)
-            plan = _Sum.of(weights(s[rows], t[rows], self.depth), False, self.dtype, self.device)
-            owner = torch.from_numpy(plan.owner).to(self.device)
+            drawing = _Drawing.of(plan(s[rows], t[rows], self.depth, False), self.depth, self.dtype, self.device)
+            owner = torch.from_numpy(drawing.owner).to(self.device)
             state, gamma = (k[rows][owner, None] for k in self._key)
-            total = plan.run(state, gamma, len(s[rows]), self._elements, self.dtype)
-            W[rows], H[rows] = total[:, 0, 0], total[:, 1, 0]
-        return W, H
+            drawing.run(state, gamma, self._elements, out[:, rows])
+        return out[0], out[1]
 
 
-class _Sum(NamedTuple):
-    """Weighted sums over cells, in turns: the j-th adds the j-th cell of every interval that has so many."""
+class _Drawing(NamedTuple):
+    """A `Plan` on the device: rows of values, then weighted sums over them, in turns.
 
-    order: Tensor | None  # (n,) intervals, those with most cells first; None: as given
-    roots: Tensor  # (U₀, 1) addresses
-    halvings: Tensor  # (U₁, 1) addresses
-    owner: Integers  # (U₀ + U₁,) the interval that brought the cell
-    cell: list[Tensor]  # of the j-th turn: (m_j,) cells
-    weight: list[tuple[Tensor, Tensor]]  # of the j-th turn: of Z and of N, (m_j, 2 for W and H, 1) each
+    The j-th turn adds the j-th piece of every interval that has so many.
+    """
+
+    cells: Tensor  # (2R + U + V, 1) addresses: two for each root, then of the cells to halve, then of those that choose a bridge
+    kinds: tuple[int, int, int]  # R, U, V
+    owner: Integers  # (2R + U + V,) the interval that brought the cell
+    halves: list[int]  # of each level
+    parents: list[slice | Tensor]  # of each level
+    which: Tensor | None  # (Q,) leaf of a row from the table; None: one each, in order
+    column: Tensor  # (Q, 1) where the row's column starts in the table
+    order: Tensor | None  # (n,) places of the intervals if those with most pieces come first; None: as given
+    active: list[int]  # pieces of each turn
+    first: _Terms  # the first pieces
+    rest: _Terms | None  # the others, turn by turn
+    table: Tensor  # (columns · entries, 4)
 
     @classmethod
-    def of(cls, plan: Weights, shared: bool, dtype: torch.dtype, device: torch.device) -> _Sum:
-        """The sums of a plan, its intervals drawing their cells once together if `shared`, else each its own."""
+    def of(cls, plan: Plan, depth: int, dtype: torch.dtype, device: torch.device) -> _Drawing:
         order = np.argsort(-plan.count, kind="stable")
-        code, count = plan.code[order], plan.count[order]
-        there = np.arange(code.shape[1]) < count[:, None]
-        owner = np.broadcast_to(order[:, None], code.shape)[there]
-        codes, place = code[there], np.arange(there.sum())
-        if shared and len(order) > 1:
-            codes, first, place = np.unique(codes, return_index=True, return_inverse=True)
-            owner = owner[first]
-        roots_first = np.argsort(~is_root(codes), kind="stable")
-        rank = np.empty_like(roots_first)
-        rank[roots_first] = np.arange(len(codes))
-        index = np.zeros_like(code)
-        index[there] = rank[place]
-        codes, roots = codes[roots_first], int(is_root(codes).sum())
-        active = there.sum(0).tolist()
-        cells = torch.from_numpy(np.ascontiguousarray(index.T)).to(device)
-        weight = np.ascontiguousarray(plan.weight[order].transpose(3, 0, 1, 2))
-        values = torch.from_numpy(weight).to(device, dtype)[..., None]
+        there = (np.arange(plan.row.shape[1]) < plan.count[order, None]).T
+        active = there.sum(1).tolist() or [0]
+        row, weight = plan.row[order].T[there], plan.weight[order].transpose(3, 0, 1, 2)[there]
+        which, column = plan.lookup
+        leaves = len(plan.leaves)
+        table = bridges(depth - halvings(depth), dtype, device) if leaves else torch.empty(0, 1, 4)
+        kinds = len(plan.roots) // 2, len(plan.cells), leaves
+        ends, parents = np.cumsum(plan.levels), torch.from_numpy(plan.parent).to(device).split(plan.levels)
         return cls(
-            torch.from_numpy(order).to(device) if (np.diff(order) < 0).any() else None,
-            torch.from_numpy(codes[:roots, None]).to(device),
-            torch.from_numpy(codes[roots:, None]).to(device),
-            owner[roots_first],
-            [cells[j, :m] for j, m in enumerate(active)],
-            [(values[j, :m, :, 0], values[j, :m, :, 1]) for j, m in enumerate(active)],
+            torch.from_numpy(np.concatenate([plan.roots, plan.cells, plan.leaves])[:, None]).to(device),
+            kinds,
+            plan.owner,
+            [2 * m for m in plan.levels],
+            [_rows(plan.parent[end - len(at) : end], at) for end, at in zip(ends, parents, strict=True)],
+            None if np.array_equal(which, np.arange(leaves)) else torch.from_numpy(which).to(device),
+            torch.from_numpy(column[:, None] * table.shape[1]).to(device, torch.int32),
+            torch.from_numpy(np.argsort(order)).to(device) if (np.diff(order) < 0).any() else None,
+            active,
+            _Terms.of(row[: active[0]], weight[: active[0]], dtype, device),
+            _Terms.of(row[active[0] :], weight[active[0] :], dtype, device) if len(active) > 1 else None,
+            table.flatten(0, 1),
         )
 
-    def run(self, state: Tensor, gamma: Tensor, n: int, elements: int, dtype: torch.dtype) -> Tensor:
-        """(n, 2 for W and H, samples, elements) from keys (1, samples), or (cells, 1) of every cell."""
-        roots, samples = len(self.roots), state.shape[1]
-        pair = torch.empty(2, len(self.owner), samples, elements, dtype=dtype, device=state.device)
-        split = (slice(None, roots), slice(roots, None)) if state.shape[0] > 1 else (slice(None), slice(None))
-        _draw_roots(self.roots, state[split[0]], gamma[split[0]], pair[:, :roots])
-        _draw_halvings(self.halvings, state[split[1]], gamma[split[1]], pair[:, roots:])
-        pair = pair.flatten(2)
-        total = torch.zeros(n, 2, samples * elements, dtype=dtype, device=state.device)
-        if n == 1:  # its cells are in order
-            chosen = zip(pair[0, :, None].unbind(), pair[1, :, None].unbind(), strict=True)
-        else:
-            chosen = (torch.index_select(pair, 1, cell)[:, :, None].unbind() for cell in self.cell)
-        for (Z, N), (of_Z, of_N) in zip(chosen, self.weight, strict=True):
-            part = total[: len(of_Z)] if len(of_Z) < n else total
-            part += Z * of_Z
-            part += N * of_N
+    @property
+    def rows(self) -> list[int]:
+        """Rows of values: of roots, of halves, from the table."""
+        return [self.kinds[0], 2 * self.kinds[1], 2 * len(self.column)]
+
+    def run(self, state: Tensor, gamma: Tensor, elements: int, out: Tensor) -> None:
+        """(W, H) into (2, n, samples · elements), from keys (1, samples), or (cells, 1) of every cell."""
+        R, U, V = self.kinds
+        entry = _entries(self.cells, state, gamma, elements)
+        value = torch.empty(2, sum(self.rows), entry.shape[1], dtype=out.dtype, device=out.device)
+        of_roots, of_halves, of_table = value.split(self.rows, 1)
+        pair = torch.empty(2, 2 * R + U, entry.shape[1], dtype=out.dtype, device=out.device)
+        for table, normals in zip(_halving_normals(out.dtype, out.device), pair, strict=True):
+            torch.index_select(table, 0, entry[: 2 * R + U].view(-1), out=normals.view(-1))
+        one, two, halving = pair.split([R, R, U], 1)
+        scale = _scale(0.6 / ROOT_1_8, 0.6 / ROOT_1_2, out)
+        torch.add(one.mul_(scale), two.mul_(scale * (0.8 / 0.6)), out=of_roots)
+        if U:
+            self._halve(halving, value, of_halves)
+        if V:
+            leaf = entry[2 * R + U :].bitwise_and_((1 << BRIDGE_BITS) - 1)
+            chosen = (leaf if self.which is None else torch.index_select(leaf, 0, self.which)).add(self.column).view(-1)
+            found = _fours(self.table, chosen).view(-1, entry.shape[1], 2, 2)
+            for kind, pairs in enumerate(of_table.chunk(2, 1)):
+                for i, values in enumerate(pairs):
+                    values.copy_(found[..., kind, i])
+        self._sum(value, out)
+
+    def _halve(self, pair: Tensor, value: Tensor, halves: Tensor) -> None:
+        """Values of the halves of all cells, level by level, from the cells' normals (2, U, N)."""
+        bends = (pair[0] * -ROOT_3).split([m // 2 for m in self.halves])
+        scale = _scale(ROOT_1_2, ROOT_1_8, value)
+        others = pair.split([m // 2 for m in self.halves], 1)
+        for parent, half, bend, other in zip(self.parents, halves.split(self.halves, 1), bends, others, strict=True):
+            own = value[:, parent] if isinstance(parent, slice) else torch.index_select(value, 1, parent)
+            # (A₁, B₁), (A₂, B₂) = (u, p) ± (v, n)
+            mean = own * scale
+            mean[1].add_(bend)
+            other[0].add_(own[1] * ROOT_3_8)
+            left, right = half.view(2, -1, 2, half.shape[2]).unbind(2)
+            torch.add(mean, other, out=left)
+            torch.sub(mean, other, out=right)
+
+    def _sum(self, value: Tensor, out: Tensor) -> None:
+        """The pieces of every interval, weighted, into (2 for W and H, n, samples · elements)."""
+        total = out if self.order is None else torch.empty_like(out)
+        n, most = total.shape[1], self.active[0]
+        self.first.weigh(value, total[:, :most])
+        if most < n:
+            total[:, most:] = 0.0
+        if self.rest is not None:
+            parts = torch.empty(2, sum(self.active[1:]), value.shape[2], dtype=value.dtype, device=value.device)
+            self.rest.weigh(value, parts)
+            for m, part in zip(self.active[1:], parts.split(self.active[1:], 1), strict=True):
+                (total if m == n else total[:, :m]).add_(part)
         if self.order is not None:
-            total = torch.empty_like(total).index_copy_(0, self.order, total)
-        return total.view(n, 2, samples, elements)
+            out.copy_(torch.index_select(total, 1, self.order))
+
+
+class _Terms(NamedTuple):
+    """Pieces (m,): their rows and weights."""
+
+    row: slice | Tensor
+    weight: list[Tensor | None]  # of A and B for W, then for H, (m, 1); None: all are 0
+
+    @classmethod
+    def of(cls, row: Integers, weight: Floats, dtype: torch.dtype, device: torch.device) -> _Terms:
+        """From rows (m,) and weights (m, 2, 2)."""
+        weight = np.ascontiguousarray(weight.reshape(-1, 4).T)
+        values = torch.from_numpy(weight).to(device, dtype)[..., None].unbind()
+        row = np.ascontiguousarray(row)
+        some = (weight != 0).any(1)
+        return cls(
+            _rows(row, torch.from_numpy(row).to(device)),
+            [w if on else None for w, on in zip(values, some.tolist(), strict=True)],
+        )
+
+    def weigh(self, value: Tensor, out: Tensor) -> None:
+        """The pieces' parts of W and H, into (2, m, N)."""
+        A, B = (value[:, self.row] if isinstance(self.row, slice) else torch.index_select(value, 1, self.row)).unbind()
+        for of_A, of_B, part in zip(self.weight[::2], self.weight[1::2], out, strict=True):
+            if of_A is not None:
+                torch.mul(A, of_A, out=part)
+                if of_B is not None:
+                    part += B * of_B
+            elif of_B is not None:
+                torch.mul(B, of_B, out=part)
+            else:
+                part.zero_()
+
+
+def _fours(table: Tensor, index: Tensor) -> Tensor:
+    """Rows (n, 4) of a table (m, 4); on the CPU four floats move as one number, four times as fast as one by one."""
+    if table.dtype == torch.float32 and table.device.type == "cpu":
+        return torch.index_select(table.view(torch.complex128).squeeze(1), 0, index).view(torch.float32).view(-1, 4)
+    return torch.index_select(table, 0, index)
+
+
+def _rows(row: Integers, at: Tensor) -> slice | Tensor:
+    """Rows to take, `at` on the device, as a slice if they lie one after the other: that copies nothing."""
+    n = len(row)
+    if n and row[-1] - row[0] == n - 1 and (n == 1 or (np.diff(row) == 1).all()):
+        return slice(int(row[0]), int(row[-1]) + 1)
+    return at
 
 
 @functools.lru_cache(maxsize=128)
-def _shared_sum(s: bytes, t: bytes, depth: int, dtype: torch.dtype, device: torch.device) -> _Sum:
+def _shared_drawing(s: bytes, t: bytes, depth: int, dtype: torch.dtype, device: torch.device) -> _Drawing:
     # the grid of a sweep comes again with the next batch
-    return _Sum.of(weights(np.frombuffer(s), np.frombuffer(t), depth), True, dtype, device)
+    return _Drawing.of(plan(np.frombuffer(s), np.frombuffer(t), depth, True), depth, dtype, device)
+
+
+@functools.cache
+def _halving_normals(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`lattice_normals` as halvings need them: Z/√8 and N/√2."""
+    Z, N = lattice_normals(dtype, device)
+    return Z * ROOT_1_8, N * ROOT_1_2
+
+
+def _scale(first: float, second: float, like: Tensor) -> Tensor:
+    """Factors of the two of pairs (2, …, N)."""
+    return torch.tensor([first, second], dtype=like.dtype, device=like.device)[:, None, None]
 
 
 def _words(code: Tensor, state: Tensor, gamma: Tensor, number: int) -> Tensor:
@@ -266,17 +370,13 @@ def _words(code: Tensor, state: Tensor, gamma: Tensor, number: int) -> Tensor:
     return mix64_(begin[..., None] + gamma[..., None] * step)
 
 
-def _draw_roots(code: Tensor, state: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """Normals of roots, into (2, cells, samples, elements)."""
-    if out.shape[1]:
-        normal_pair_(_words(code, state, gamma, out.shape[3]), out[0], out[1])
-
-
-def _draw_halvings(code: Tensor, state: Tensor, gamma: Tensor, out: Tensor) -> None:
-    """Normals of halvings, into (2, cells, samples, elements): four elements a word, 15 bits each."""
-    if out.shape[1]:
-        elements = out.shape[3]
-        fields = _words(code, state, gamma, (elements + 3) // 4).view(torch.int16)[..., :elements]
-        index = fields.bitwise_and((1 << LATTICE_BITS) - 1).int().flatten()
-        for table, normals in zip(lattice_normals(out.dtype, out.device), out, strict=True):
-            torch.index_select(table, 0, index, out=normals.view(-1))
+def _entries(code: Tensor, state: Tensor, gamma: Tensor, elements: int) -> Tensor:
+    """Entries of a table of 2^LATTICE_BITS that cells choose, (cells, samples · elements): four elements a word."""
+    words = _words(code, state, gamma, (elements + 3) // 4)
+    fields = words.bitwise_and_(_FIELDS).view(torch.int16)
+    if elements % 4 == 0:
+        return fields.int().flatten(1)
+    out = torch.empty(*fields.shape[:2], elements, dtype=torch.int32, device=words.device)
+    for i in range(min(4, elements)):  # a last axis as short as 2 would be slow
+        out[..., i::4].copy_(fields[..., i:elements:4])
+    return out.flatten(1)

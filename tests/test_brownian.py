@@ -12,12 +12,14 @@ import torchsde
 from scipy import stats
 
 from sdeflow.brownian import BrownianPath
-from sdeflow.brownian_plan import weights
+from sdeflow.brownian_plan import Plan, halvings, plan
 from sdeflow.errors import InvalidInput
-from sdeflow.random import sample_seeds
+from sdeflow.random import bridges, sample_seeds
 
 RATE = 1e-6
 SCALES = (1.0, 1e-6, 1e10)
+LEAF = 2.0**-16
+"""Of a path of the usual depth, between 1 and 2."""
 
 
 def path(batch: int = 5, dim: int = 3, dtype: torch.dtype = torch.float64, **settings) -> BrownianPath:
@@ -43,13 +45,27 @@ def test_split_then_merge_is_exact(scale: float):
     walk = path()
     for trial in range(60):
         nodes = times(trial, 3, scale)
-        if len(nodes) < 3:
-            continue
-        s, m, t = nodes
-        W, H = merged(walk.increment(s, m), walk.increment(m, t), m - s, t - m)
-        whole_W, whole_H = walk.increment(s, t)
-        assert (W - whole_W).abs().max() < 1e-12 * math.sqrt(t - s)
-        assert (H - whole_H).abs().max() < 1e-12 * math.sqrt(t - s)
+        if len(nodes) == 3:
+            assert_split(walk, *nodes)
+
+
+@pytest.mark.parametrize("depth", [4, 11, 13, 16, 20, 24])
+def test_split_then_merge_is_exact_in_the_smallest_cells(depth: int):
+    """Three times in one of the last cells that are halved, or in one and the next; near and between knots and on them."""
+    walk, draw = path(depth=depth), random.Random(depth)
+    cell = 2.0 ** -halvings(depth)
+    for _ in range(40):
+        start = 1.0 + cell * draw.randint(0, round(1 / cell) - 2)
+        units = sorted(draw.sample([draw.uniform(0, 1.5) for _ in range(4)] + [i / 64 for i in range(65)], 3))
+        if min(units[1] - units[0], units[2] - units[1]) > 1 / 64:
+            assert_split(walk, *(start + cell * u for u in units))
+
+
+def assert_split(walk: BrownianPath, s: float, m: float, t: float) -> None:
+    W, H = merged(walk.increment(s, m), walk.increment(m, t), m - s, t - m)
+    whole_W, whole_H = walk.increment(s, t)
+    assert (W - whole_W).abs().max() < 1e-12 * math.sqrt(t - s)
+    assert (H - whole_H).abs().max() < 1e-12 * math.sqrt(t - s)
 
 
 def standardised(walk: BrownianPath, s: float, t: float) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +75,18 @@ def standardised(walk: BrownianPath, s: float, t: float) -> tuple[np.ndarray, np
 
 @pytest.mark.parametrize(
     ("s", "t"),
-    [(0.0, 1.0), (0.3, 0.7), (0.5, 0.75), (0.123, 0.1241), (-0.4, 1.3), (-3.0, -2.9), (7e-6, 9e5), (2.0, 2.5)],
+    [
+        (0.0, 1.0),
+        (0.3, 0.7),
+        (0.5, 0.75),
+        (0.123, 0.1241),
+        (-0.4, 1.3),
+        (-3.0, -2.9),
+        (7e-6, 9e5),
+        (2.0, 2.5),
+        (0.7001, 0.7001 + 2e-4),
+        (80904 * LEAF, 80906 * LEAF),
+    ],
 )
 def test_law_of_increment_and_area(s: float, t: float):
     n = 60_000
@@ -69,12 +96,17 @@ def test_law_of_increment_and_area(s: float, t: float):
     assert abs((w * k).mean()) < stats.norm.isf(RATE / 2) / math.sqrt(n)
 
 
-def test_joint_covariance_on_random_nested_intervals():
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0.05, 2.0), (45876 * LEAF, 45876 * LEAF + 2.0**-10), (91750 * LEAF, 91750 * LEAF + 2.0**-8)]
+)
+def test_joint_covariance_on_random_nested_intervals(begin: float, end: float):
     """All second moments of (W, H) over nested and neighbouring intervals, from cov(w(u), w(v)) = min(u, v)."""
     n, draw = 40_000, random.Random(5)
     walk = BrownianPath(torch.arange(n), (1,), dtype=torch.float64)
     for _ in range(4):
-        a, b, c, d = sorted(draw.uniform(0.05, 2.0) for _ in range(4))
+        a, b, c, d = sorted(begin + (end - begin) * draw.randint(0, 64) / 64 for _ in range(4))
+        if len({a, b, c, d}) < 4:
+            continue
         pieces = [(a, d), (b, c), (a, b), (c, d), (b, d)]
         found = np.stack([v.flatten().numpy() for s, t in pieces for v in walk.increment(s, t)])
         exact = covariance(pieces)
@@ -96,19 +128,72 @@ def covariance(pieces: list[tuple[float, float]]) -> np.ndarray:
     return (kernel * du) @ kernel.T
 
 
-@pytest.mark.parametrize("depth", [4, 16])
+def as_sums(drawn: Plan, depth: int) -> np.ndarray:
+    """(n, 2, K): the (W, H) of intervals planned each for itself, as sums of K independent standard normals.
+
+    Runs the plan in numpy on unit vectors: each interval's draws are numbered, and each of its leaves has the vectors whose
+    products are the second moments of the table.
+    """
+    levels, n, R = depth - halvings(depth), len(drawn.count), len(drawn.roots) // 2
+    owner = np.delete(drawn.owner, np.s_[R : 2 * R])
+    number = np.array([(owner[:i] == owner[i]).sum() for i in range(len(owner))])
+    most = 2 * (number.max() + 1)
+    table = np.zeros((1, 4, 0))
+    if levels:
+        entries = bridges(levels, torch.float64, torch.device("cpu")).numpy()
+        moments = np.einsum("aei,bej->aibj", entries, entries, optimize=True) / entries.shape[1]
+        values, axes = np.linalg.eigh(moments.reshape(len(entries) * 4, -1))
+        table = (axes * np.sqrt(values.clip(0))).reshape(len(entries), 4, -1)
+    leaf = len(drawn.cells) + R
+    slots = number[leaf:] - (number[leaf:].min(initial=0))
+    rows = np.zeros(
+        (R + 2 * len(drawn.cells) + 2 * drawn.lookup.shape[1], 2, most + table.shape[2] * (slots.max(initial=-1) + 1))
+    )
+    unit = np.eye(rows.shape[2])
+    rows[:R, 0], rows[:R, 1] = unit[2 * number[:R]], unit[2 * number[:R] + 1]
+    for u, parent in enumerate(drawn.parent):
+        (A, B), Z, N = rows[parent], unit[2 * number[R + u]], unit[2 * number[R + u] + 1]
+        # W = A, H = B/√12, of halves of length ½
+        W, H, Z, N = A, B / 12**0.5, Z / 4, N / 12**0.5
+        for bit, sign in ((0, 1), (1, -1)):
+            half = W / 2 + sign * (1.5 * H + Z), H / 4 - Z / 2 + sign * N / 2
+            rows[R + 2 * u + bit] = half[0] * 2**0.5, half[1] * 24**0.5
+    at = R + 2 * len(drawn.cells)
+    Q = drawn.lookup.shape[1]
+    for q, (which, column) in enumerate(drawn.lookup.T):
+        begin = most + slots[which] * table.shape[2]
+        place = np.s_[:, begin : begin + table.shape[2]]
+        rows[at + q][place], rows[at + Q + q][place] = table[column, :2], table[column, 2:]
+    return np.einsum("nkpj,njpx->nkx", drawn.weight, rows[drawn.row]).reshape(n, 2, -1)
+
+
+@pytest.mark.parametrize("depth", [4, 12, 16])
 def test_variance_is_low_by_no_more_than_stated(depth: int):
-    """Exactly, from the weights: by |t| 2^−depth/(6h) of W's, three times that of H's; nearly reached; never too much."""
-    s = np.random.default_rng(0).uniform(0.5, 1.0, 4000)
+    """Exactly, from the plan: by |t| 2^−depth/(6h) of W's, three times that of H's; nearly reached; never too much."""
+    s = np.random.default_rng(0).uniform(0.5, 1.0, 100)
     for h in (8.0 * 2.0**-depth, 64.5 * 2.0**-depth):
         h = np.minimum(h, 1.0 - s)
         h = np.where(h < 2.0 * 2.0**-depth, 2.0 * 2.0**-depth, h)
-        W, H = ((weights(s, s + h, depth).weight ** 2).sum((2, 3)) / h[:, None]).T
+        W, H = ((as_sums(plan(s, s + h, depth, False), depth) ** 2).sum(2) / h[:, None]).T
         share = 2.0**-depth * (s + h) / (6.0 * h)
         low_W, low_H = 1.0 - W, 1.0 - 12.0 * H
-        assert min(low_W.min(), low_H.min()) > -1e-12
+        assert min(low_W.min(), low_H.min()) > -1e-11
         assert (low_W <= share).all() and (low_H <= 3.0 * share).all()
         assert (low_W / share).max() > 0.4
+
+
+@pytest.mark.parametrize("depth", [4, 12, 16, 20])
+def test_second_moments_between_ends_of_leaves_are_exact(depth: int):
+    """Variances and covariance of (W, H), of steps of every length down to a leaf, and across roots."""
+    draw = np.random.default_rng(depth)
+    first = draw.integers(2**depth, 2 ** (depth + 1), 60)
+    steps = np.maximum(1, (2.0 ** draw.uniform(0, depth, 60)).astype(np.int64))
+    last = first + steps
+    last += last % 2 * (last > 2 ** (depth + 1))  # leaves are twice as long there
+    s, t = (v * 2.0**-depth for v in (first, last))
+    found = as_sums(plan(s, t, depth, False), depth)
+    moments = found @ found.transpose(0, 2, 1) / (t - s)[:, None, None]
+    assert abs(moments - np.diag([1.0, 1.0 / 12.0])).max() < 1e-10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -117,7 +202,7 @@ def test_values_depend_on_seed_and_time_alone(dtype: torch.dtype):
     whole = path(37, 3, dtype)
     rows = torch.tensor([30, 2, 17, 2])
     some, alone = whole.restrict(rows), BrownianPath([int(whole.seeds[17])], (3,), dtype=dtype)
-    nodes = times(3, 24)
+    nodes = sorted(times(3, 24) + [0.6 + i * 2.0**-13 for i in range(6)])
     expected = [whole.increment(s, t) for s, t in zip(nodes, nodes[1:], strict=False)]
     W, H = path(37, 3, dtype).increments(nodes)
     back_W, back_H = whole.increments(nodes[::-1])
@@ -137,11 +222,18 @@ def test_values_depend_on_seed_and_time_alone(dtype: torch.dtype):
         assert torch.equal(mixed_W[i], one_W[i]) and torch.equal(mixed_H[i], one_H[i])
 
 
+@pytest.mark.parametrize("elements", [1, 2, 4, 5, 8])
+def test_an_element_does_not_depend_on_how_many_there_are(elements: int):
+    for s, t in ((0.3, 0.8), (0.7, 0.70002)):
+        few, many = path(7, elements).increment(s, t), path(7, 13).increment(s, t)
+        assert all(torch.equal(a, b[:, :elements]) for a, b in zip(few, many, strict=True))
+
+
 def test_a_sweep_in_pieces_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch):
     grid = torch.linspace(0.0, 1.0, 33)
     W, H = path().increments(grid)
     monkeypatch.setattr("sdeflow.brownian.SWEEP", 5 * 15)
-    monkeypatch.setattr("sdeflow.brownian.NORMALS", 30)
+    monkeypatch.setattr("sdeflow.brownian.VALUES", 30)
     monkeypatch.setattr("sdeflow.brownian.STEPS", 3)
     for i, (w, h) in enumerate(path().sweep(grid)):
         assert torch.equal(w, W[i]) and torch.equal(h, H[i])

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from sdeflow.errors import InvalidInput
-from sdeflow.random import Key, lattice_normals, sample_seeds, standard_normal, uniform
+from sdeflow.random import Key, bridges, lattice_normals, sample_seeds, standard_normal, uniform
 
 RATE = 1e-6
 
@@ -115,3 +115,30 @@ def test_lattice_normals_have_the_moments_of_two_independent_normals():
         ).abs().max() < 2e-2
     assert abs((Z * N).mean()) < 1e-7 and abs((Z**2 * N**2).mean() - 1.0) < 5e-3
     assert max(abs((Z**3 * N).mean()), abs((Z * N**3).mean()), abs((Z**2 * N).mean())) < 5e-3
+
+
+@pytest.mark.parametrize("levels", [1, 4, 6])
+def test_bridges_have_the_moments_of_brownian_motion_given_its_increment_and_area(levels: int):
+    """Exactly: mean and covariance of the increments and areas between knots, by conditioning; values and integrals add up."""
+    table = bridges(levels, torch.float64, torch.device("cpu")).numpy()
+    K, entries = table.shape[:2]
+    step, area, value, integral = np.moveaxis(table, 2, 0)
+    found = np.concatenate([step, area])
+    # ∫w = Σ (1/K)(w(start) + D/2 + H), the areas here being √12 H
+    later = (K - 1 - np.arange(K)) / K
+    given = np.stack([np.r_[np.ones(K), np.zeros(K)], np.r_[later + 0.5 / K, np.full(K, 12**-0.5 / K)]])
+    free = np.eye(2 * K) / K
+    exact = free - free @ given.T @ np.linalg.solve(given @ free @ given.T, given @ free)
+    assert abs(found.mean(1)).max() < 1e-15
+    assert abs(found @ found.T / entries - exact).max() < 1e-14
+    assert abs(np.diff(value, axis=0) - step[:-1]).max() < 1e-14 and abs(value[-1] + step[-1]).max() < 1e-14
+    assert abs(np.diff(integral, axis=0) - ((value + 0.5 * step + 12**-0.5 * area) / K)[:-1]).max() < 1e-14
+    fourth = (found**4).mean(1) / (found**2).mean(1) ** 2
+    assert abs(fourth - 3.0).max() < 6.0 * math.sqrt(24.0 / (entries / 2))
+
+
+def test_deeper_bridges_refine_shallower_ones():
+    coarse, fine = (bridges(levels, torch.float64, torch.device("cpu")) for levels in (4, 6))
+    assert torch.equal(coarse[:, :, 2:], fine[::4, :, 2:])
+    single = bridges(6, torch.float32, torch.device("cpu"))
+    assert torch.equal(single, fine.float())
