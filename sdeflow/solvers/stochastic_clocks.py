@@ -26,6 +26,11 @@ from sdeflow.processes import Process, as_time, expand
 from sdeflow.solvers.base import Task
 from sdeflow.solvers.control import Flow
 
+WIDE = 1.5
+"""The longest axes of data of scale c, over c: an error made early grows by the square of that as against data without such axes."""
+LEAST = 0.01
+"""Of an early error no less than this is taken to remain at the end."""
+
 
 @dataclass(frozen=True)
 class Clock(Flow):
@@ -62,12 +67,60 @@ class Clock(Flow):
         g = expand(g, shaped) if g.ndim < 2 else g  # one amplitude a sample, as a function of t alone gives
         return g.broadcast_to(shaped.shape).flatten(1)
 
+    @property
+    def known(self) -> bool:
+        """Whether this is a reverse SDE, so that reference data say what becomes of errors."""
+        return self.equation.process is not None and self.equation.predict is not None
+
+    @property
+    def scale(self) -> float:
+        """The data's standard deviation, as far as it is known."""
+        return 0.5 if self.chart is None else getattr(self.chart.chart, "c", 0.5)
+
+    def pace(self, u: Tensor) -> Tensor:
+        """How far the solve has come at u: even in λ between scales that no data of this scale exceed, finite at both ends."""
+        process = self.equation.process
+        if not self.known or process is None:
+            return u
+        alpha, sigma = process.coefficients(self.t(u))[:2]
+        return (sigma / (alpha + sigma / (10.0 * self.scale)) / (0.01 * self.scale)).asinh()
+
+    def units(self, t: Tensor) -> Tensor:
+        """z/x at t."""
+        return torch.ones_like(t) if self.chart is None else self.chart.m(t)
+
+    def _reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """cos θ/α and cos θ at t, c being that of the longest axes."""
+        process, c = self.equation.process, WIDE * self.scale
+        assert process is not None
+        alpha, sigma = process.coefficients(t)[:2]
+        return c / torch.hypot(c * alpha, sigma), c * alpha / torch.hypot(c * alpha, sigma)
+
+    def kept(self, u: Tensor) -> Tensor:
+        """What the noise to come leaves of an error at u, in units of the state's standard deviation: (cos θ/cos θ_end)^{η²}."""
+        if not self.known:
+            return torch.ones_like(u)
+        end = as_time(self.stop, u.device)
+        share = self._reference(self.t(u))[1] / self._reference(end)[1]
+        return (share ** (self.equation.eta**2)).clamp(LEAST, 1.0)
+
+    def carry(self, u: Tensor) -> Tensor:
+        """∂x_end/∂z for Gaussian data, for which cos^{1+η²}θ·y is a martingale, y = x/α."""
+        if not self.known:
+            return torch.ones_like(u)
+        t, end = self.t(u), as_time(self.stop, u.device)
+        return self._reference(t)[0] / self._reference(end)[0] * self.kept(u) / self.units(t)
+
 
 @dataclass(frozen=True)
 class UnitNoise(Clock):
     """A reverse SDE in the clock of unit noise for data of scale c."""
 
     c: float = 0.5
+
+    @property
+    def scale(self) -> float:
+        return self.c
 
     @staticmethod
     def of(task: Task, c: float) -> UnitNoise:
@@ -125,6 +178,5 @@ class UnitNoise(Clock):
     def noise(self, u: Tensor, z: Tensor) -> Tensor:
         return z.new_ones(())
 
-    def carry(self, u: Tensor) -> Tensor:
-        """∂x_end/∂z for the reference data, where z is a martingale: 1/m(stop)."""
-        return (1.0 / self._m(as_time(self.stop, u.device))).expand_as(u)
+    def units(self, t: Tensor) -> Tensor:
+        return self._m(t)

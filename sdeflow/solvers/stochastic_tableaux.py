@@ -10,7 +10,9 @@ Rößler's I₍₁,₀₎/h is W/2 + H, so his B, β¹, β² give p = B/2, q = B
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 Row = tuple[float, ...]
 
@@ -36,6 +38,51 @@ class AdditiveTableau:
     def stages(self) -> int:
         """Number of drift evaluations."""
         return len(self.c)
+
+    @cached_property
+    def _kernels(self) -> tuple[tuple[float, float], ...]:
+        """(p_i, q_i) of the noise g(p_i W + q_i H) at the stages, g constant."""
+        return tuple((sum(p), sum(q)) for p, q in zip(self.p, self.q, strict=True))
+
+    @cached_property
+    def reach(self) -> float:
+        """Standard deviation of the noise between the first and the last stage, in units of g√h."""
+        (p, q), (p_s, q_s) = self._kernels[0], self._kernels[-1]
+        return math.sqrt((p_s - p) ** 2 + (q_s - q) ** 2 / 12.0)
+
+    @cached_property
+    def linear_error(self) -> float:
+        """e of the RMS local error e·κ²g h^{5/2} on dz = κz du + g dw.
+
+        The solution has κ²g∫∫w = κ²g∫½(h − s)²dw, of variance h⁵/20 and covariances h³/6 with W, h³/24 with H; the method
+        Σα_i a_ij (p_j W + q_j H) h² instead.
+        """
+        P, Q = (
+            sum(
+                b * a * k[of]
+                for b, row in zip(self.alpha, self.a, strict=True)
+                for a, k in zip(row, self._kernels[: len(row)], strict=True)
+            )
+            for of in (0, 1)
+        )
+        return math.sqrt(1 / 20 - P / 3 - Q / 12 + P**2 + Q**2 / 12)
+
+    @cached_property
+    def bent_error(self) -> float:
+        """e of the RMS local error e·f″g²h² on a drift that bends.
+
+        It is ½f″g² times the standard deviation of ∫w²du − hΣα_i(p_i W + q_i H)², a quadratic form of dw: √2 times the norm of
+        its kernel h − max(s, t) − hΣα_i k_i(s)k_i(t), k_i(s) = p_i + q_i(½ − s/h).
+        """
+        cross = sum(
+            b * (p * p / 3 + p * q / 12 + q * q / 120) for b, (p, q) in zip(self.alpha, self._kernels, strict=True)
+        )
+        own = sum(
+            b * b2 * (p * p2 + q * q2 / 12) ** 2
+            for b, (p, q) in zip(self.alpha, self._kernels, strict=True)
+            for b2, (p2, q2) in zip(self.alpha, self._kernels, strict=True)
+        )
+        return 0.5 * math.sqrt(2.0 * (1 / 6 - 2.0 * cross + own))
 
 
 def _roessler(
