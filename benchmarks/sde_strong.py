@@ -42,6 +42,10 @@ def methods(c: float) -> dict:
     return {
         "ExponentialShARK": (lambda n: sf.ExponentialShARK(steps=n, c=c), None),
         "ExponentialShARK, λ grid": (lambda n: sf.ExponentialShARK(steps=n, c=c, grid=grid), None),
+        "ExponentialShARK, straight-line grid of c/2": (
+            lambda n: sf.ExponentialShARK(steps=n, c=c, grid=sf.InChart(sf.StraightLine(0.5 * c))),
+            None,
+        ),
         "SRA3 in λ": (
             lambda n: sf.SRA3(steps=n, chart=chart, grid=grid),
             lambda n: sf.SRA1(steps=n, chart=chart, grid=grid),

@@ -68,6 +68,16 @@ class AdditiveTableau:
         return math.sqrt(1 / 20 - P / 3 - Q / 12 + P**2 + Q**2 / 12)
 
     @cached_property
+    def noise_error(self) -> float:
+        """e of the RMS local error e·g″h^{5/2} of ∫g dw.
+
+        The kernel s²/2 less the method's Σ½d_k²(v_k + w_k(½ − s)) = V + Y(½ − s).
+        """
+        V = 0.5 * sum(d * d * v for d, v in zip(self.d, self.v, strict=True))
+        Y = 0.5 * sum(d * d * w for d, w in zip(self.d, self.w, strict=True))
+        return math.sqrt(1 / 20 - V / 3 + Y / 12 + V**2 + Y**2 / 12)
+
+    @cached_property
     def bent_error(self) -> float:
         """e of the RMS local error e·f″g²h² on a drift that bends.
 

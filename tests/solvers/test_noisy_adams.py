@@ -93,6 +93,18 @@ def test_smaller_tolerances_make_smaller_errors_on_the_path(control):
         assert errors[1] < 0.1
 
 
+@pytest.mark.parametrize("process", [sf.VP(t_min=1e-2), sf.EDM()], ids=["vp", "edm"])
+def test_the_strong_error_is_within_a_factor_5_of_the_tolerance(process):
+    equation = sf.ReverseSDE(sf.problems.gaussian(mean=[0.0, 0.0], std=[0.3, 1.2]).prediction(process))
+    x = process.prior((48, 2), seed=3, dtype=F64)
+    # SNRTime's clock is e^{2λ}, in which Adams has its path at η = 1
+    fine = sf.solve(equation, sf.ShARK(steps=800, chart=sf.SNRTime(), grid=sf.Multiscale(0.01, 2.0)), x, seed=3).x
+    for tolerance in (1e-1, 3e-2, 1e-2):
+        solver = sf.Adams(rtol=0.0, atol=tolerance, control="strong", chart=sf.Trigonometric(0.6))
+        error = (sf.solve(equation, solver, x, seed=3).x - fine).square().mean().sqrt().item()
+        assert 0.2 < error / tolerance < 5.0, (tolerance, error)
+
+
 def test_every_sample_goes_its_own_way_and_a_bad_one_alone():
     problem = sf.problems.ring()
     equation = sf.ReverseSDE(problem.prediction(VP))
