@@ -232,14 +232,14 @@ GAUSSIAN = sf.problems.gaussian(mean=[0.0, 0.0], std=[0.3, 1.2])
 TOLERANCES = [1e-1, 1e-2, 1e-3, 1e-4]
 
 
-def shares(equation, make, fine, x, seeds=(3,), tolerances=TOLERANCES) -> list[float]:
-    """Strong error over tolerance at every tolerance, the median over seeds: a sample beside a border of modes can decide for one."""
-    found = []
-    for seed in seeds:
-        path = sf.BrownianPath(sf.sample_seeds(seed, len(x)), x.shape[1:], dtype=F64)
-        reference = sf.solve(equation, fine, x, path=path).x
-        found.append([rms(sf.solve(equation, make(a), x, path=path).x - reference) / a for a in tolerances])
-    return torch.tensor(found).median(0).values.tolist()
+def shares(equation, make, fine, x, tolerances=TOLERANCES, without: int = 0) -> list[float]:
+    """Strong error over tolerance at every tolerance, `without` the worst samples."""
+    path = sf.BrownianPath(sf.sample_seeds(3, len(x)), x.shape[1:], dtype=F64)
+    reference, found = sf.solve(equation, fine, x, path=path).x, []
+    for tolerance in tolerances:
+        square = (sf.solve(equation, make(tolerance), x, path=path).x - reference).square().mean(1).sort().values
+        found.append(square[: len(x) - without].mean().sqrt().item() / tolerance)
+    return found
 
 
 @pytest.mark.parametrize("name", list(ADDITIVE)[1:])
@@ -253,14 +253,23 @@ def test_the_strong_error_is_within_a_factor_5_of_the_tolerance(name: str, equat
 
 
 @pytest.mark.parametrize(
-    ("problem", "process", "c"),
-    [(GAUSSIAN, VP, 0.6), (GAUSSIAN, sf.EDM(), 0.6), (sf.problems.ring(), VP, 0.7)],
-    ids=["gaussian vp", "gaussian edm", "ring"],
+    ("problem", "process", "c", "without"),
+    [
+        (GAUSSIAN, VP, 0.6, 0),
+        (GAUSSIAN, sf.EDM(), 0.6, 0),
+        # beside a border of two modes any error may send a sample to the other one, and one such is the RMS of all
+        (sf.problems.ring(), VP, 0.7, 3),
+        (sf.problems.ring(), sf.EDM(), 0.7, 3),
+    ],
+    ids=["gaussian vp", "gaussian edm", "ring vp", "ring edm"],
 )
-def test_the_exponential_scheme_keeps_the_tolerance_within_a_factor_5(problem: Problem, process: sf.Process, c: float):
+def test_the_exponential_scheme_keeps_the_tolerance_within_a_factor_5(
+    problem: Problem, process: sf.Process, c: float, without: int
+):
     make = lambda a: sf.ExponentialShARK(c=c, rtol=0.0, atol=a)  # noqa: E731
-    x = process.prior((32, 2), seed=3, dtype=F64)
-    found = shares(sf.ReverseSDE(problem.prediction(process)), make, sf.ExponentialShARK(c=c, steps=800), x, (3, 4, 5))
+    x = process.prior((64, 2), seed=3, dtype=F64)
+    equation = sf.ReverseSDE(problem.prediction(process))
+    found = shares(equation, make, sf.ExponentialShARK(c=c, steps=800), x, without=without)
     assert all(0.2 < share < 5.0 for share in found), found
 
 
