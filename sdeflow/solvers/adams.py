@@ -20,6 +20,9 @@ MAX_ORDER = 12
 SAFETY = 0.55
 LESS = SAFETY**-3
 """Accepted steps aim at an error of SAFETY^{k+1}; the first step is held to that too, as no estimate checks it afterwards."""
+FALL = 0.4
+"""Least ratio of the error of order k + 1 to that of order k that is believed before it has been seen. The orders of one step fall faster
+than those of the next: with 0.1 the fourth step made ten times the error of any later one."""
 MANY = 100
 """Tries after which low order means that f is rough."""
 COARSER = 2.5
@@ -304,9 +307,11 @@ class AdamsStepper:
         possible = (near >= 1) & (near <= self.count.clamp_max(self.max_order))
         power = near + 1.0
         if self.starting:
-            # while every step has raised the order nothing is known of k + 1: errors are taken to fall as they did
+            # while every step has raised the order nothing is known of k + 1: errors are taken to fall as they did, and after
+            # the first step, whose error is that of the trapezoidal rule times 12 (in a chart) or 6, see `attempt`, by just that
             young = self.young & (error[1] <= 1.0) & (k == self.count) & (k < self.max_order)
-            fall = torch.where(k == 1, 1.0, (error[1] / error[0]).clamp(0.1, 1.0))
+            seen = (error[1] / error[0]).clamp(FALL, 1.0)
+            fall = torch.where(k == 1, 1.0 / 12.0 if self.flow.natural else 1.0 / 6.0, seen)
             guess = torch.where(young, error[1] * fall, error[2])
             error = torch.stack([error[0], error[1], guess])
             possible = possible | (young & (near == k + 1))
