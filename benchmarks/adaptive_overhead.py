@@ -66,28 +66,28 @@ def contenders(network) -> dict[str, Callable]:
     }
 
 
-def overhead(shape, dtype, rounds: int) -> dict[str, dict[str, float]]:
-    x = PROCESS.prior(shape, seed=0, dtype=dtype)
-    runs = contenders(trivial)
+def fastest(
+    runs: dict[str, Callable], x: torch.Tensor, rounds: int, clock: Callable[[], float]
+) -> dict[str, tuple[int, float]]:
+    """name → (network calls, least seconds), the runs taking turns."""
     least, calls = dict.fromkeys(runs, math.inf), {}
     for _ in range(rounds):
         for name, run in runs.items():
-            began = time.process_time()
+            began = clock()
             calls[name] = run(x)
-            least[name] = min(least[name], time.process_time() - began)
-    return {name: {"calls": calls[name], "ms_per_call": 1e3 * least[name] / calls[name]} for name in runs}
+            least[name] = min(least[name], clock() - began)
+    return {name: (calls[name], least[name]) for name in runs}
+
+
+def overhead(shape, dtype, rounds: int) -> dict[str, dict[str, float]]:
+    x = PROCESS.prior(shape, seed=0, dtype=dtype)
+    found = fastest(contenders(trivial), x, rounds, time.process_time)
+    return {name: {"calls": calls, "ms_per_call": 1e3 * seconds / calls} for name, (calls, seconds) in found.items()}
 
 
 def slow_network(rounds: int) -> dict[str, dict[str, float]]:
-    x = PROCESS.prior(SHAPES[0], seed=0)
-    runs = contenders(slow)
-    least, calls = dict.fromkeys(runs, math.inf), {}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            calls[name] = run(x)
-            least[name] = min(least[name], time.perf_counter() - began)
-    return {name: {"calls": calls[name], "seconds": least[name]} for name in runs}
+    found = fastest(contenders(slow), PROCESS.prior(SHAPES[0], seed=0), rounds, time.perf_counter)
+    return {name: {"calls": calls, "seconds": seconds} for name, (calls, seconds) in found.items()}
 
 
 def main() -> None:

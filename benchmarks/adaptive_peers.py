@@ -113,7 +113,7 @@ class Diffrax:
         flow = Coordinates(chart, predict, x)
         key = (chart, predict)
         if key not in self.made:
-            self.made[key] = self._solver(x.shape)
+            self.made[key] = self._solver()
         solve, self.flow = self.made[key], flow
         z, calls, ok = jax.block_until_ready(solve(flow.z0.numpy(), flow.u0, flow.u1, tol))
         if flow.calls > CALLS or not bool(np.all(ok)):
@@ -121,7 +121,7 @@ class Diffrax:
         calls = torch.from_numpy(np.array(calls, dtype=np.float64))
         return flow.x(torch.from_numpy(np.array(z))), calls if self.each else float(flow.calls)
 
-    def _solver(self, shape):
+    def _solver(self):
         import diffrax
         import jax
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from sdeflow.measure.record import (
     versions,
 )
 from sdeflow.measure.reference import Reference, reference
-from sdeflow.measure.statistics import Estimate
+from sdeflow.measure.statistics import Estimate, derived_seed
 from sdeflow.problems import ExactNetwork, GaussianProblem, Problem
 from sdeflow.processes import Process
 from sdeflow.random import sample_seeds, standard_normal
@@ -171,10 +170,10 @@ def prepare(
     if initial == "prior":
         x = process.prior((samples, *problem.event_shape), seed=seed, dtype=dtype, device=device)
     else:
-        x = exact_samples(problem, process, start, samples, _derived(seed, "start")).to(device, dtype)
+        x = exact_samples(problem, process, start, samples, derived_seed(seed, "start")).to(device, dtype)
     if not equation.stochastic:
         return Truth(x, reference(equation, x, start, stop, problem), None, {}, None)
-    exact = exact_samples(problem, process, stop, samples, _derived(seed, "exact"))
+    exact = exact_samples(problem, process, stop, samples, derived_seed(seed, "exact"))
     moments = None
     if isinstance(problem, GaussianProblem):
         begin = () if initial == "prior" else problem.moments(process, start)
@@ -190,7 +189,7 @@ def compare(
 ) -> list[Estimate]:
     """Every error of a solution against its truth, the one to judge by first. Samples that failed are left out."""
     good = solution.success.cpu()
-    how = (level, resamples, _derived(seed, "bootstrap"))
+    how = (level, resamples, derived_seed(seed, "bootstrap"))
     if int(good.sum()) < 2:
         name = (
             "rmse"
@@ -235,7 +234,7 @@ def strong_error(
             their noise from the solve's seed, so that one seed is one path.
     """
     ends = [solve(equation, s, x, start=start, stop=stop, seed=seed).x for s in (solver, fine, finest)]
-    return rmse(ends[0], ends[2], sample_rmse(ends[1], ends[2]), seed=_derived(seed, "bootstrap"), name="strong")
+    return rmse(ends[0], ends[2], sample_rmse(ends[1], ends[2]), seed=derived_seed(seed, "bootstrap"), name="strong")
 
 
 def exact_samples(problem: Problem, process: Process, t: float, n: int, seed: int) -> Tensor:
@@ -248,7 +247,7 @@ def _floors(
     problem: Problem, process: Process, stop: float, samples: int, seed: int, moments: tuple[Tensor, Tensor] | None
 ) -> dict[str, float]:
     def draw(r: int, side: str) -> Tensor:
-        return exact_samples(problem, process, stop, samples, _derived(seed, f"floor {side} {r}"))
+        return exact_samples(problem, process, stop, samples, derived_seed(seed, f"floor {side} {r}"))
 
     directions = projections(problem.dim)
     floors = {
@@ -260,7 +259,7 @@ def _floors(
         root = torch.linalg.cholesky(cov)
 
         def gaussian(r: int) -> float:
-            seeds = sample_seeds(_derived(seed, f"floor moments {r}"), samples, "cpu")
+            seeds = sample_seeds(derived_seed(seed, f"floor moments {r}"), samples, "cpu")
             noise = standard_normal(seeds, (problem.dim,), stream=DIFFUSE_STREAM, dtype=torch.float64)
             return moment_error(mean + noise @ root.T, mean, cov)
 
@@ -309,11 +308,6 @@ def _kept(problem, process, equation, samples, seed, start, stop, initial, dtype
         while len(_TRUTHS) > 4:
             _TRUTHS.popitem(last=False)
     return _TRUTHS[name][1]
-
-
-def _derived(seed: int, purpose: str) -> int:
-    """Another seed for each purpose, so that no two samples of one run share their numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "big")
 
 
 def _device_name(device: torch.device | str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Estimate:
     high: float
     floor: float
     resolved: bool
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Another seed for each purpose, so that no two samples of one run share their numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7], "big")
 
 
 def bootstrap(

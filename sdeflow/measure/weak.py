@@ -9,8 +9,7 @@ from torch import Tensor
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
 from sdeflow.measure.errors import REFERENCE_MARGIN
-from sdeflow.measure.run import _derived
-from sdeflow.measure.statistics import Estimate, bootstrap
+from sdeflow.measure.statistics import Estimate, bootstrap, derived_seed
 from sdeflow.solve import solve
 from sdeflow.solvers.base import Solver
 
@@ -73,7 +72,7 @@ def weak_errors(
                     f"{name} must return one number a sample, ({x.shape[0]},); got shape {tuple(v.shape)}"
                 )
         difference, check = values[0] - values[2], values[1] - values[2]
-        low, high = bootstrap([difference], _mean, level, resamples, _derived(seed, "bootstrap"))
+        low, high = bootstrap([difference], _mean, level, resamples, derived_seed(seed, "bootstrap"))
         floor = REFERENCE_MARGIN * max(abs(check.mean().item()), check.std().item() / len(check) ** 0.5)
         value = difference.mean().item()
         found[name] = Estimate(name, value, low, high, floor, low * high > 0 and abs(value) > floor)
