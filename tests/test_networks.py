@@ -50,6 +50,25 @@ def test_weights_and_data_are_those_of_the_record(training):
     assert sum(p.stat().st_size for p in DIGITS.rglob("*") if p.is_file()) < 2e6
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tol: sf.ShARK(rtol=tol, atol=tol, chart=sf.Trigonometric()),
+        lambda tol: sf.ExponentialShARK(rtol=tol, atol=tol),
+        lambda tol: sf.Adams(rtol=tol, atol=tol),
+    ],
+    ids=["ShARK", "ExponentialShARK", "Adams"],
+)
+def test_adaptive_sdes_do_not_leave_the_data_at_loose_tolerances(networks, make):
+    """Near pure noise this network's D is off by several times the data's scale; no error made there may be left to be forgotten."""
+    loaded = networks("noise", class_labels=torch.arange(20) % 10)
+    x = loaded.prediction.process.prior((20, 1, 8, 8), seed=1)
+    with torch.no_grad():
+        solution = sf.solve(sf.ReverseSDE(loaded.prediction), make(0.1), x, seed=2)
+    assert solution.x.abs().max() < 2.5  # pixels lie in [−1, 1]
+    assert solution.evaluations.double().mean() < 100
+
+
 @pytest.mark.parametrize("target", ["noise", "v"])
 def test_samples_are_the_digits_that_were_asked_for(training, networks, target):
     """A classifier of 99 % on held-out digits reads guided samples as asked; chance is 10 %."""

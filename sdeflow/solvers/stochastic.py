@@ -187,7 +187,7 @@ class PathStepper(NoDense):
         late = (self.clock.carry(u) / self.clock.carry(end)).clamp_max(1.0)
         # errors are forgotten by steps that resolve the forgetting alone
         unstable = torch.where(found.rate > 1.0, self.clock.kept(u), 1.0)
-        self.error = found.error / (allowed * share * late * unstable)
+        self.error = found.error / (allowed * late * unstable).minimum(self.clock.small(u)).mul(share)
         bounded = self.error.clamp(1e-6, 1e6)
         grow = self.safety * bounded ** -(self.integral + self.proportional) * self.previous**self.proportional
         # with the share the estimate goes as h^{5/3}

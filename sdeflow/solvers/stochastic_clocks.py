@@ -30,6 +30,8 @@ WIDE = 1.5
 """The longest axes of data of scale c, over c: an error made early grows by the square of that as against data without such axes."""
 LEAST = 0.01
 """Of an early error no less than this is taken to remain at the end."""
+SMALL = 0.25
+"""Of the state's standard deviation, what an error that is to be forgotten may be: a network says nothing of states far from its data."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,15 @@ class Clock(Flow):
         end = as_time(self.stop, u.device)
         share = self._reference(self.t(u))[1] / self._reference(end)[1]
         return (share ** (self.equation.eta**2)).clamp(LEAST, 1.0)
+
+    def small(self, u: Tensor) -> Tensor:
+        """The largest error in z that counts as a small one, infinite where nothing is known of the data."""
+        process = self.equation.process
+        if not self.known or process is None:
+            return torch.full_like(u, torch.inf)
+        t = self.t(u)
+        alpha, sigma = process.coefficients(t)[:2]
+        return SMALL * self.units(t) * torch.hypot(self.scale * alpha, sigma)
 
     def carry(self, u: Tensor) -> Tensor:
         """∂x_end/∂z for Gaussian data, for which cos^{1+η²}θ·y is a martingale, y = x/α."""
