@@ -378,8 +378,8 @@ def main() -> None:
         record["adaptive"] = adaptive_variance()
     if "samples" in options.parts:
         record["samples"] = {
-            "ring": samples(sf.problems.ring(), 2048, 3, (5, 6, 7, 8, 9, 10, 12, 14, 17)),
-            "digits": samples(sf.problems.digits(), 1024, 2, (5, 6, 7, 8, 9, 10, 12, 14, 17)),
+            "ring": samples(sf.problems.ring(), 2048, 12, (5, 6, 7, 8, 9, 10, 12, 14, 17)),
+            "digits": samples(sf.problems.digits(), 1024, 6, (5, 6, 7, 8, 9, 10, 12, 14, 17)),
         }
     print(f"{time.perf_counter() - began:.0f} s")
     options.output.parent.mkdir(parents=True, exist_ok=True)
