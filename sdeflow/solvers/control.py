@@ -376,7 +376,8 @@ class _Run:
         left = (goal - now.u).mul_(self.sign)
         land = now.h * STRETCH >= left
         # two equal steps to the goal rather than a long one and a sliver
-        h = torch.where(land, left, torch.minimum(now.h, 0.5 * left))
+        # cut to float32's digits: estimates differ in their last ones with the batch's shape, and a Brownian path by √|Δu| at an end Δu off
+        h = torch.where(land, left, torch.minimum(now.h, 0.5 * left).float().double())
         step = self.sign * h
         end = torch.where(land, goal, now.u + step)
         tried = self.stepper.attempt(now.u, now.z, step, end, self.allowed(now.u, now.z))

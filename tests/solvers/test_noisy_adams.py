@@ -105,12 +105,13 @@ def test_the_strong_error_is_within_a_factor_5_of_the_tolerance(process):
         assert 0.2 < error / tolerance < 5.0, (tolerance, error)
 
 
-def test_every_sample_goes_its_own_way_and_a_bad_one_alone():
+@pytest.mark.parametrize("seed", [2, 4, 5, 9])
+def test_every_sample_goes_its_own_way_and_a_bad_one_alone(seed):
     problem = sf.problems.ring()
     equation = sf.ReverseSDE(problem.prediction(VP))
-    x = VP.prior((6, 2), seed=2, dtype=F64)
+    x = VP.prior((6, 2), seed=seed, dtype=F64)
     solver = sf.Adams(rtol=3e-2, atol=3e-2)
-    seeds = sf.sample_seeds(2, 6)
+    seeds = sf.sample_seeds(seed, 6)
     all_of_them = sf.solve(equation, solver, x, seed=seeds)
     one = sf.solve(equation, solver, x[2:3], seed=seeds[2:3])
     torch.testing.assert_close(all_of_them.x[2:3], one.x, rtol=1e-9, atol=1e-9)
