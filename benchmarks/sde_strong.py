@@ -22,8 +22,8 @@ import sdeflow as sf
 from sdeflow.measure.record import versions
 
 PROCESS = sf.VP(t_min=1e-2)
-SAMPLES, SEEDS, FINE = 64, (3, 4, 5, 6, 7), 512
-STEPS = (8, 16, 32, 64, 128)
+SAMPLES, SEEDS, FINE = 64, (3, 4, 5, 6, 7), 1024
+STEPS = (8, 16, 32, 64, 128, 256)
 LEVELS = (1e-2, 1e-3)
 
 
@@ -42,8 +42,8 @@ def methods(c: float) -> dict:
     return {
         "ExponentialShARK": (lambda n: sf.ExponentialShARK(steps=n, c=c), None),
         "ExponentialShARK, λ grid": (lambda n: sf.ExponentialShARK(steps=n, c=c, grid=grid), None),
-        "ExponentialShARK, straight-line grid of c/2": (
-            lambda n: sf.ExponentialShARK(steps=n, c=c, grid=sf.InChart(sf.StraightLine(0.5 * c))),
+        "ExponentialShARK, grid even in θ": (
+            lambda n: sf.ExponentialShARK(steps=n, c=c, grid=sf.InChart(sf.Trigonometric(c))),
             None,
         ),
         "SRA3 in λ": (

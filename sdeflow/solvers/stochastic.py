@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.brownian import BrownianPath
-from sdeflow.charts import Chart, Trigonometric
+from sdeflow.charts import Chart, StraightLine
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformTime
 from sdeflow.processes import expand
@@ -342,7 +342,7 @@ class ExponentialShARK(ShARK):
 
     Args:
         c: scale of the data (its standard deviation).
-        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default uniform in θ).
+        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default `InChart(StraightLine(c/2))`).
         rtol, atol, max_steps: as for `SRA1`.
     """
 
@@ -366,7 +366,8 @@ class ExponentialShARK(ShARK):
         return UnitNoise.of(task, self.c)
 
     def _rule(self) -> Grid:
-        return InChart(Trigonometric(self.c))
+        # even in θ would do for data of the one scale c, on which there is nothing to do; the work is in what is finer
+        return InChart(StraightLine(0.5 * self.c))
 
     def __post_init__(self) -> None:
         super().__post_init__()
