@@ -202,6 +202,9 @@ def _wrap(index: Tensor, n: int) -> Tensor:
 class AdamsStepper:
     """The history of every sample, as a ring of slots, and the choice of order."""
 
+    stretch = 1.2
+    """Steps aim at SAFETY^{k+1} of the allowed error, so that one a fifth longer to land is still at (1.2·SAFETY)^{k+1} of it."""
+
     def __init__(self, flow: Flow, max_order: int, pece: bool, coupled: bool, gradients: bool):
         self.flow, self.max_order, self.pece, self.coupled, self.gradients = flow, max_order, pece, coupled, gradients
 

@@ -27,7 +27,7 @@ from sdeflow.solvers.base import Outcome, Task
 
 FIRST = 0.35
 STRETCH = 1.05
-"""A step may be lengthened this much to land, so that no sliver is left over."""
+"""A step may be lengthened this much to land, so that no sliver is left over, unless the stepper has a `stretch` of its own."""
 TRIES = 12
 """Times in a row that a sample's evaluation may be non-finite, its step quartered each time, before it fails."""
 
@@ -316,6 +316,7 @@ class _Run:
         order: int,
     ):
         self.trace, self.order = trace, order
+        self.stretch = getattr(stepper, "stretch", STRETCH)
         self.flow, self.task, self.stepper = flow, task, stepper
         self.rtol, self.atol, self.coupled = rtol, atol, coupled
         device, n = task.x.device, task.batch
@@ -374,7 +375,7 @@ class _Run:
         self.turn += 1
         goal = self.targets[-1] if self.single else self.targets[now.target]
         left = (goal - now.u).mul_(self.sign)
-        land = now.h * STRETCH >= left
+        land = now.h * self.stretch >= left
         # two equal steps to the goal rather than a long one and a sliver
         # cut to float32's digits: estimates differ in their last ones with the batch's shape, and a Brownian path by √|Δu| at an end Δu off
         h = torch.where(land, left, torch.minimum(now.h, 0.5 * left).float().double())
@@ -387,7 +388,7 @@ class _Run:
             error, grow, shrink = error.amax().expand_as(error), grow.amin().expand_as(grow), shrink.amin().expand_as(h)
         ok = error <= 1.0
         # a rejected last step that shrinks by less than the stretch would be stretched back to itself, for ever
-        shrink = torch.where(land, shrink.clamp_max(0.99 / STRETCH), shrink)
+        shrink = torch.where(land, shrink.clamp_max(0.99 / self.stretch), shrink)
         if self.trace is not None:
             self.trace.add(now.rows, now.u, end, now.z, self.stepper.payload(), ok)
         now.u = torch.where(ok, end, now.u)
