@@ -345,7 +345,8 @@ def test_error_estimate_is_within_three_of_the_error_at_twice_the_cost(make, tol
     assert torch.equal(s.x, plain.x)
     assert s.evaluations.sum() <= 2 * plain.evaluations.sum()
     assert s.error_estimate is not None
-    # on the ring one sample beside a border can be a batch's whole error, and its estimate is then one number
+    # on the ring one sample beside a border can be a batch's whole error, and its estimate is then one number: at 1e-4 two batches miss
     error = (s.x - truth).square().mean(1).reshape(10, 128).mean(1).sqrt()
     ratio = s.error_estimate.square().reshape(10, 128).mean(1).sqrt() / error
-    assert ((ratio >= 1.0 / 3.0) & (ratio <= 3.0)).sum() >= 8
+    misses = int(((ratio < 1.0 / 3.0) | (ratio > 3.0)).sum())
+    assert misses <= (2 if (problem.name, tol) == ("ring", 1e-4) else 0), ratio
