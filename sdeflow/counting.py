@@ -74,6 +74,19 @@ class Counter:
         self._pending = 0
 
 
+class Part(Counter):
+    """A counter as a solve of some of its samples sees it: `restrict` speaks of those. The whole one records."""
+
+    def __init__(self, whole: Counter, among: Tensor):
+        super().__init__(among.shape[0], among.device)
+        self.whole, self.among = whole, among
+        whole.restrict(among)
+
+    def restrict(self, rows: Tensor | None) -> None:
+        """See `Counter`; indices into the part."""
+        self.whole.restrict(self.among if rows is None else self.among[rows])
+
+
 class CallLimitReached(Exception):
     """Internal signal: the solve used up its call budget. Backends turn it into a status."""
 

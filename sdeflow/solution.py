@@ -19,6 +19,7 @@ class Status(IntEnum):
     NON_FINITE = 1
     STEP_UNDERFLOW = 2
     MAX_STEPS = 3
+    NOT_CONVERGED = 4
 
 
 @dataclass(frozen=True)

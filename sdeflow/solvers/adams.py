@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
+from sdeflow.solvers import global_error
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
 from sdeflow.solvers.control import Attempt, Flow, News, Trace, check_tolerances, drive, rms
 from sdeflow.solvers.stochastic_adams_stepper import Control, check_control, integrate_noisy
@@ -58,8 +59,12 @@ class Adams(Solver):
             estimated error. Evaluations of both are counted.
         pece: evaluate again after correcting. Costs twice and, on the problems measured, gains less.
         control: on a `ReverseSDE` with η > 0, which error the tolerance is of: "weak", of the law, or "strong", of the path; see
-            `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 3, and dense, error_estimate and pece are
-            not to be had.
+            `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 3, and dense, error_estimate,
+            global_error and pece are not to be had.
+        global_error: solve every sample more and more tightly until two solves agree all along its path, so that no sample is
+            lost to another mode: RMSE at the end 0.08 to 2.4 times the tolerance on problems where a plain solve has up to 95,
+            for 2.0 to 6.5 times its evaluations. Brings an error estimate; keeps all steps meanwhile. Status NOT_CONVERGED where
+            solves do not come to agree. See `sdeflow.solvers.global_error`.
 
     Reference: Krogh 1969; Shampine & Gordon 1975. Weights are those of Lagrange's polynomials on every sample's own
     nodes, integrated by Gauss quadrature, exact for them.
@@ -75,6 +80,7 @@ class Adams(Solver):
     dense: bool = False
     error_estimate: bool = False
     control: Control = "weak"
+    global_error: bool = False
 
     def __post_init__(self) -> None:
         check_tolerances("Adams", self.rtol, self.atol, self.max_steps)
@@ -99,6 +105,8 @@ class Adams(Solver):
     def integrate(self, task: Task) -> Outcome:
         if task.equation.stochastic:
             return integrate_noisy(self, task)
+        if self.global_error:
+            return global_error.integrate(self, task)
         flow = Flow.of(task, self.chart, one_time=self.coupled)
         stepper = AdamsStepper(flow, self.max_order, self.pece, self.coupled, task.gradients)
         outcome = drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)

@@ -225,7 +225,8 @@ class Trace:
             u = flow.u(when).to(self.start.device)
             inside = ((u - self.start) * (u - self.end) <= 0).nonzero().flatten()
             z = flow.z(flow.start, x).new_full((x.shape[0], self.z.shape[1]), torch.nan)
-            z[self.row[inside]] = stepper.interpolate(self, inside, u.expand(len(inside)))
+            if inside.numel():  # else no sample got so far
+                z[self.row[inside]] = stepper.interpolate(self, inside, u.expand(len(inside)))
             return flow.x(when, z)
 
         return state

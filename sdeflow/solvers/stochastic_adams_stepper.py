@@ -326,7 +326,7 @@ def integrate_noisy(solver: Adams, task: Task) -> Outcome:
     Raises:
         InvalidInput: the equation is no reverse SDE, or a setting makes no sense with noise.
     """
-    for setting in ("pece", "dense", "error_estimate"):
+    for setting in ("pece", "dense", "error_estimate", "global_error"):
         if getattr(solver, setting):
             raise InvalidInput(
                 f"Adams({setting}=True) is for ODEs; leave it out"

@@ -1,0 +1,127 @@
+"""Global error control: every sample is solved more and more tightly until two solves agree all along its path.
+
+A local error control cannot know how the flow will carry what it allows. Beside a border between two modes it is carried further than
+anything seen on the way, and two solves that both end in the wrong mode agree there. They do not agree on the way: samples stay
+near a border the longer the closer they are to it, and leave it the sooner the further a solve has moved them, so that the two
+are apart in between by the share of the modes' distance that the error is of the distance to the border. Hence, with T the
+tolerance and z(u) the state in the chart, a sample is done when
+
+    max_u  carry(u) |z'(u) − z(u)|  ≤  ⅔T,     |·| the RMS over elements, carry as for local errors,
+
+for the two latest of its solves, at tolerances 2 T, 0.8 T, 0.2 T, 0.05 T, …: the difference is the error of the looser one, and the
+tighter one is the result. Comparing ends alone would miss the samples that both have lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdeflow.counting import Part
+from sdeflow.solution import Status
+from sdeflow.solvers.base import Outcome, Task
+from sdeflow.solvers.control import Flow, rms
+
+if TYPE_CHECKING:
+    from sdeflow.solvers.adams import Adams
+
+FIRST, SECOND, TIGHTER = 2.0, 0.8, 0.25
+"""Tolerances of the first two solves, and of every further one in units of the one before."""
+AGREED = 2.0 / 3.0
+"""Difference that is allowed, of the tolerance: the looser solve's error is at most a third of its own tolerance."""
+ROUNDS = 12
+"""Solves at most. The last one's tolerance is 8e-7 of what was asked."""
+PLACES = 32
+"""Where solves are compared: evenly in the clock."""
+
+
+def integrate(solver: Adams, task: Task) -> Outcome:
+    """What `Adams(global_error=True)` does.
+
+    Returns:
+        An Outcome whose error estimate is the last two ends' difference over the ratio of their tolerances less 1. Status
+        NOT_CONVERGED where solves do not come to agree, with the tightest solve's states.
+    """
+    flow = Flow.of(task, solver.chart)
+    places = _places(flow, task)
+    rows = torch.arange(task.batch, device=task.x.device)
+    before = _solved(solver, replace(task, save_at=None, progress=None), FIRST)
+    found = after = _solved(solver, task, SECOND)
+    dense = [(rows, after.dense)]
+    some, factor, ratio = rows, SECOND, FIRST / SECOND
+    found.error_estimate = torch.zeros_like(found.status, dtype=torch.float64)
+    for turn in range(2, ROUNDS + 1):
+        gap, end = _apart(flow, places, before, some, after)
+        found.error_estimate = found.error_estimate.index_put((rows,), end / (ratio - 1.0))
+        allowed = solver.atol + solver.rtol * rms(after.x.detach().flatten(1))
+        some = (~(gap <= AGREED * allowed) & (after.status == Status.SUCCESS)).nonzero().flatten()
+        if not some.numel():
+            break
+        rows = rows[some]
+        if turn == ROUNDS:
+            found.status = found.status.index_put((rows,), torch.full_like(rows, Status.NOT_CONVERGED))
+            break
+        factor, ratio = TIGHTER * factor, 1.0 / TIGHTER
+        before, after = after, _solved(solver, _part(task, rows), factor)
+        dense.append((rows, after.dense))
+        _replace(found, rows, after)
+    task.counter.restrict(None)
+    found.dense = _joined(dense) if solver.dense else None
+    return found
+
+
+def _solved(solver: Adams, task: Task, factor: float) -> Outcome:
+    rtol, atol = factor * solver.rtol, factor * solver.atol
+    return replace(solver, rtol=rtol, atol=atol, dense=True, error_estimate=False, global_error=False).integrate(task)
+
+
+def _part(task: Task, rows: Tensor) -> Task:
+    return replace(task, x=task.x[rows], counter=Part(task.counter, rows), progress=None)
+
+
+def _places(flow: Flow, task: Task) -> list[tuple[float, Tensor]]:
+    """(t, u) at which solves are compared, the end the last."""
+    first, last = flow.u(torch.tensor([task.start, task.stop], dtype=torch.float64))
+    u = first + (last - first) * torch.linspace(0.0, 1.0, PLACES + 1, dtype=torch.float64)[1:]
+    t = flow.t(u).tolist()
+    t[-1] = task.stop
+    return list(zip(t, u, strict=True))
+
+
+def _apart(flow: Flow, places: list[tuple[float, Tensor]], before: Outcome, some: Tensor, after: Outcome):
+    """Largest carried difference along the paths, (n,), of the samples `some` of a solve from those of the next, and that of the ends."""
+    assert before.dense is not None and after.dense is not None
+    gap = torch.zeros_like(some, dtype=torch.float64)
+    for t, u in places:
+        away = flow.z(t, (after.dense(t) - before.dense(t)[some]).detach())
+        gap = gap.maximum(rms(away) * flow.carry(u).to(gap.device))
+    return gap, rms((after.x - before.x[some]).detach().flatten(1))
+
+
+def _replace(found: Outcome, rows: Tensor, by: Outcome) -> None:
+    """Write the results of a solve of some samples."""
+    for name in ("x", "status", "accepted", "rejected"):
+        setattr(found, name, getattr(found, name).index_put((rows,), getattr(by, name)))
+    if found.states is not None and by.states is not None:
+        found.states = found.states.index_put((_all(found.states), rows), by.states)
+
+
+def _all(states: Tensor) -> Tensor:
+    return torch.arange(states.shape[0], device=states.device)[:, None]
+
+
+def _joined(parts: list) -> Callable[[float | Tensor], Tensor]:
+    """state(t) of the last solve of every sample."""
+    (_, whole), *others = parts
+
+    def state(t: float | Tensor) -> Tensor:
+        x = whole(t)
+        for rows, dense in others:
+            x = x.index_put((rows,), dense(t))
+        return x
+
+    return state
