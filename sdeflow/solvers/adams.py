@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -26,6 +27,9 @@ FALL = 0.4
 than those of the next: with 0.1 the fourth step made ten times the error of any later one."""
 MANY = 100
 """Tries after which low order means that f is rough."""
+FAR = 8.0
+"""Ratio of the data's scale to the chart's beyond which errors are not those of the tolerance any more: at 7 their median is 1.5 times it, at 14
+3.7 times, at 1/11 2.1 times."""
 COARSER = 2.5
 """Ratio of the tolerances of the two solves of an error estimate: the second costs 0.7 to 0.95 of the first. Larger ratios lose
 samples that only the looser solve sends to another mode."""
@@ -112,6 +116,8 @@ class Adams(Solver):
         outcome = drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)
         if self.error_estimate:
             outcome.error_estimate = self._compare(task, outcome)
+        if self.chart is None:
+            _warn_of_scale(flow, outcome)
         return outcome
 
     def _compare(self, task: Task, outcome: Outcome) -> Tensor:
@@ -124,6 +130,20 @@ class Adams(Solver):
         other = loose.integrate(replace(task, save_at=None, progress=None))
         gap = rms((other.x - outcome.x).detach().flatten(1)) / (COARSER - 1.0)
         return torch.where((outcome.status == 0) & (other.status == 0), gap, torch.nan)
+
+
+def _warn_of_scale(flow: Flow, outcome: Outcome) -> None:
+    """Say so where the samples' scale is far from that of the chart nobody chose."""
+    x = outcome.x.detach()[outcome.status == 0].flatten(1).double()
+    if flow.chart is None or len(x) < 8:
+        return
+    scale, rho = x.var(0).mean().sqrt().item(), flow.chart.process.rho(torch.tensor(flow.stop)).item()
+    if rho < 0.1 * scale and not 1.0 / FAR < scale / flow.scale < FAR:
+        warnings.warn(
+            f"the samples' scale is {scale:.2g}, that of the default chart {flow.scale:g}: errors may be many times the "
+            f"tolerance. Write chart=sf.StraightLine(c={scale:.2g}), or c=sf.data_scale(equation, pilot)",
+            stacklevel=4,
+        )
 
 
 @lru_cache(maxsize=32)

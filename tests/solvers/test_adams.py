@@ -329,6 +329,26 @@ def test_adversarial_networks_finish(name, tol):
         assert s.evaluations.max() < 500
 
 
+# --- the chart's scale
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.2, 1.0, 20.0])
+def test_data_of_a_scale_far_from_the_charts_is_told(scale, recwarn):
+    process = sf.VP(t_min=1e-5)
+    problem = sf.problems.gaussian(std=scale, dim=4)
+    ode = sf.ProbabilityFlowODE(problem.prediction(process))
+    x = process.prior((64, 4), seed=0, dtype=f64)
+    sf.solve(ode, sf.Adams(rtol=1e-3, atol=1e-3 * scale, chart=sf.StraightLine(c=0.5)), x)
+    assert not recwarn.list, "who chose the chart knows"
+    if 0.1 < scale < 4.0:
+        sf.solve(ode, sf.Adams(rtol=1e-3, atol=1e-3 * scale), x)
+        sf.solve(ode, sf.Adams(rtol=1e-3, atol=1e-3 * scale), x, stop=0.8)  # noise is no data
+    else:
+        with pytest.warns(UserWarning, match=r"chart=sf\.StraightLine\(c="):
+            sf.solve(ode, sf.Adams(rtol=1e-3, atol=1e-3 * scale), x)
+    assert not recwarn.list
+
+
 # --- the error estimate
 
 
