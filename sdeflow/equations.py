@@ -28,7 +28,9 @@ class Equation:
     """An ODE or SDE of the user's own: dx = drift(t, x) dt + diffusion(t, x) dw.
 
     Args:
-        drift: drift(t, x), x (batch, *event), t a 0-d or (batch,) float64 tensor; returns x's shape.
+        drift: drift(t, x), x (batch, *event), t float64, 0-d or, from solvers with steps of each sample's own,
+            (batch, 1, ..., 1) of x's
+            dimensions, so that `torch.cos(t) * x` is right for both; returns x's shape, floating numbers.
         diffusion: diffusion(t, x), or None for an ODE. What it returns depends on `noise`.
         noise: "diagonal": each element has its own Brownian motion, diffusion broadcasts against x and may depend on
             it; "additive": the
@@ -69,6 +71,7 @@ class Equation:
         if calculus not in ("ito", "stratonovich"):
             raise InvalidInput(f'calculus must be "ito" or "stratonovich"; got {calculus!r}')
         self._drift, self._diffusion = drift, diffusion
+        self._flat = False  # whether the functions are written for times (batch,) rather than (batch, 1, ..., 1)
         self.noise: Noise = "none" if diffusion is None else noise
         self.start, self.stop, self.calculus = start, stop, calculus
 
@@ -89,24 +92,79 @@ class Equation:
         """
         counter = counting.current()
         before = counter.calls if counter else 0
-        value = self._drift(as_time(t, x.device), x)
+        value = self._called(t, x)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInput(
                 f"drift(t, x) returned {got} for a state of shape {tuple(x.shape)}; it must return a tensor of the "
                 "state's shape"
             )
+        if not value.is_floating_point():
+            raise InvalidInput(
+                f"drift(t, x) returned {value.dtype}, expected floating numbers; write lambda t, x: drift(t, x).to(x.dtype)"
+            )
         if counter and counter.calls == before:
             counter.record(x.shape[0])
+        return value.to(x.dtype)
+
+    def _called(self, t: Time, x: Tensor) -> Tensor:
+        """The user's drift; one written for times (batch,), as `t[:, None] * x`, is found out at its first call."""
+        t = as_time(t, x.device)
+        if t.ndim == 0 or self._flat:
+            return self._drift(t, x)
+        try:
+            value = self._drift(_beside(t, x), x)
+            if getattr(value, "shape", None) == x.shape:
+                return value
+        except (RuntimeError, IndexError):
+            pass
+        value = self._drift(t, x)
+        if getattr(value, "shape", None) == x.shape:
+            self._flat = True
         return value
 
     def diffusion(self, t: Time, x: Tensor) -> Tensor:
         """diffusion(t, x) in x's dtype: broadcastable to x, or (batch, d, m) for general noise; zeros (0-d) for an
-        ODE."""
+        ODE.
+
+        Raises:
+            InvalidInput: the function returned what does not fit the noise.
+        """
         if self._diffusion is None:
             return x.new_zeros(())
-        value = self._diffusion(as_time(t, x.device), x)
-        return value if isinstance(value, Tensor) else x.new_tensor(value)
+        value = self._diffusion(as_time(t, x.device) if self._flat else _beside(t, x), x)
+        if isinstance(value, int | float):
+            value = x.new_tensor(value)
+        if not isinstance(value, Tensor) or not _fits(value, x, self.noise):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            wanted = (
+                f"(batch, d, m) = ({x.shape[0]}, {x[0].numel()}, m)"
+                if self.noise == "general"
+                else f"a number or a tensor that broadcasts to {tuple(x.shape)}"
+            )
+            raise InvalidInput(
+                f"diffusion(t, x) returned {got} for a state of shape {tuple(x.shape)} and {self.noise} noise; it must "
+                f"return {wanted}"
+            )
+        return value.to(x.dtype)
+
+
+def _beside(t: Time, x: Tensor) -> Tensor:
+    """t as the user's functions get it: times of the samples (batch,) stand beside their samples, (batch, 1, ..., 1).
+
+    Left as (batch,), `torch.cos(t) * x` would fail, or, where the last dimension is as long as the batch, be silently
+    wrong.
+    """
+    t = as_time(t, x.device)
+    return t if t.ndim == 0 else t.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _fits(value: Tensor, x: Tensor, noise: Noise) -> bool:
+    if noise == "general":
+        return value.ndim == 3 and value.shape[:2] == (x.shape[0], x[0].numel())
+    return value.ndim <= x.ndim and all(
+        n in (1, m) for n, m in zip(reversed(value.shape), reversed(x.shape), strict=False)
+    )
 
 
 class _DiffusionEquation(Equation):

@@ -76,7 +76,7 @@ class Prediction(ABC):
 
     def evaluate(self, x: Tensor, t: Time) -> Tensor:
         """The network's raw output at (x, t) in x's dtype; one evaluation a sample."""
-        t = as_time(t, x.device)
+        t = _sample_times(t, x)
         scale = self.input_scale(t)
         if scale is not None:
             x = expand(scale, x) * x
@@ -119,13 +119,13 @@ class Prediction(ABC):
 
     def combine(self, x: Tensor, t: Time, p: Time, q: Time) -> Tensor:
         """p·D + q·ε̂ at (x, t), shaped as x."""
-        t = as_time(t, x.device)
+        t = _sample_times(t, x)
         a, b = self.linear(t, p, q)
         return expand(a, x) * x + expand(b, x) * self.evaluate(x, t)
 
     def pair(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """(D, ε̂) from one network call."""
-        t = as_time(t, x.device)
+        t = _sample_times(t, x)
         (ad, bd), (ae, be) = self.linear(t, 1.0, 0.0), self.linear(t, 0.0, 1.0)
         output = self.evaluate(x, t)
         return expand(ad, x) * x + expand(bd, x) * output, expand(ae, x) * x + expand(be, x) * output
@@ -140,16 +140,16 @@ class Prediction(ABC):
 
     def score(self, x: Tensor, t: Time) -> Tensor:
         """∇ log p_t(x) = −ε̂/σ."""
-        return self.combine(x, t, 0.0, -1.0 / self.process.sigma(as_time(t, x.device)))
+        return self.combine(x, t, 0.0, -1.0 / self.process.sigma(_sample_times(t, x)))
 
     def velocity(self, x: Tensor, t: Time) -> Tensor:
         """dx/dt of the probability-flow ODE, α̇D + σ̇ε̂."""
-        t = as_time(t, x.device)
+        t = _sample_times(t, x)
         return self.combine(x, t, self.process.alpha_dot(t), self.process.sigma_dot(t))
 
     def v(self, x: Tensor, t: Time) -> Tensor:
         """The v target αε̂ − σD."""
-        t = as_time(t, x.device)
+        t = _sample_times(t, x)
         return self.combine(x, t, -self.process.sigma(t), self.process.alpha(t))
 
 
@@ -248,6 +248,18 @@ def _module_dtype(network: Network) -> torch.dtype | None:
             if parameter.is_floating_point():
                 return parameter.dtype
     return None
+
+
+def _sample_times(t: Time, x: Tensor) -> Tensor:
+    """t as a 0-d or (batch,) tensor; (batch, 1, ..., 1), as drifts of the user's own are given it, is flattened."""
+    t = as_time(t, x.device)
+    if t.ndim < 2 and (t.ndim == 0 or t.shape[0] in (1, x.shape[0])):
+        return t
+    if t.shape != (x.shape[0], *(1,) * (t.ndim - 1)):
+        raise InvalidInput(
+            f"t must be a number, a 0-d tensor or one value a sample, ({x.shape[0]},); got shape {tuple(t.shape)}"
+        )
+    return t.flatten()
 
 
 def _bad_output(output: Any, x: Tensor) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -164,16 +165,32 @@ def sample_seeds(seed: int | Sequence[int] | Tensor, batch: int, device: torch.d
     Raises:
         InvalidInput: the seeds are not `batch` integers.
     """
+    if not isinstance(seed, Tensor):
+        seed = _integers(seed, batch)
     if isinstance(seed, int):
         rows = torch.arange(1, batch + 1, dtype=torch.int64, device=device)
         return mix64_(rows * GOLDEN + _signed(seed))
     if not isinstance(seed, Tensor):
-        seed = torch.tensor([_signed(s) if isinstance(s, int) else s for s in seed])
+        seed = torch.tensor([_signed(s) for s in seed])
     if seed.shape != (batch,) or seed.is_floating_point():
         raise InvalidInput(
             f"seed must be an integer or {batch} integers, one a sample; got shape {tuple(seed.shape)} of {seed.dtype}"
         )
     return seed.to(device, torch.int64)
+
+
+def _integers(seed: object, batch: int) -> int | list[int]:
+    """Python integers from whatever counts as an integer (numpy's, too), or as a sequence of them."""
+    try:
+        return operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        return [operator.index(s) for s in seed]  # type: ignore[attr-defined]
+    except TypeError:
+        raise InvalidInput(
+            f"seed must be an integer or {batch} integers, one a sample; got {seed!r}. Write seed=7"
+        ) from None
 
 
 def uniform(

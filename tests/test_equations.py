@@ -59,3 +59,35 @@ def test_reverse_equations_run_from_noise_to_data():
 def test_bad_equations_are_named(make, word):
     with pytest.raises(sf.InvalidInput, match=word):
         make()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("solver", [sf.Adams(rtol=1e-8, atol=1e-8), sf.Tsit5(rtol=1e-8, atol=1e-8)])
+def test_a_drift_with_t_in_it_is_right_where_every_sample_has_its_own_time(batch, solver):
+    """x' = cos(t) x with two elements: left as (batch,), t would meet the elements where batch = 2."""
+    x = torch.randn(batch, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for drift in (lambda t, x: torch.cos(t) * x, lambda t, x: torch.cos(t if t.ndim == 0 else t[:, None]) * x):
+        found = sf.solve(sf.Equation(drift), solver, x, start=0.0, stop=1.0).x
+        assert torch.allclose(found, x * math.exp(math.sin(1.0)), rtol=1e-5)
+
+
+def test_a_drift_of_another_dtype_keeps_the_states():
+    drift = sf.Equation(lambda t, x: -x * torch.ones(2, dtype=torch.float64))
+    found = sf.solve(drift, sf.Adams(rtol=1e-4, atol=1e-4), torch.ones(3, 2), start=0.0, stop=1.0).x
+    assert found.dtype is torch.float32 and torch.allclose(found, torch.full((3, 2), math.exp(-1.0)), atol=1e-3)
+    with pytest.raises(sf.InvalidInput, match=r"returned torch.int64.*to\(x.dtype\)"):
+        sf.Equation(lambda t, x: x.long()).drift(0.0, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "noise", "words"),
+    [
+        (torch.ones(3, 5), "diagonal", r"shape \(3, 5\).*broadcasts to \(4, 2\)"),
+        (None, "diagonal", "NoneType"),
+        (torch.ones(4, 2), "general", r"shape \(4, 2\).*\(batch, d, m\) = \(4, 2, m\)"),
+    ],
+)
+def test_a_diffusion_that_does_not_fit_is_refused(value, noise, words):
+    equation = sf.Equation(lambda t, x: -x, lambda t, x: value, noise=noise)
+    with pytest.raises(sf.InvalidInput, match=words):
+        sf.solve(equation, sf.EulerMaruyama(steps=2), torch.ones(4, 2), start=0.0, stop=1.0)

@@ -200,3 +200,11 @@ def test_noise_and_score_at_alpha_zero():
         sf.ScorePrediction(lambda x, t: -x, process),
     ):
         assert torch.equal(predict.noise(x, 1.0), x) and torch.equal(predict.score(x, 1.0), -x)
+
+
+def test_times_stand_beside_samples_or_are_refused():
+    predict = sf.NoisePrediction(lambda x, t: torch.tanh(x) * t[:, None].cos(), sf.VP())
+    x, t = torch.randn(4, 2), torch.linspace(0.1, 0.9, 4)
+    assert torch.equal(predict.velocity(x, t[:, None]), predict.velocity(x, t))
+    with pytest.raises(sf.InvalidInput, match=r"one value a sample, \(4,\); got shape \(3,\)"):
+        predict.data(x, t[:3])

@@ -146,3 +146,10 @@ def test_prior_and_its_density():
 def test_bad_processes_are_refused(make, word):
     with pytest.raises(sf.InvalidInput, match=word):
         make()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("alpha", [lambda t: np.cos(t.detach().numpy()), lambda t: math.cos(t)])
+def test_functions_that_autograd_cannot_follow_are_refused(alpha):
+    with pytest.raises(sf.InvalidInput, match="alpha.*torch.*lambda t: torch.cos"):
+        sf.Process(alpha=lambda t: torch.as_tensor(alpha(t)), sigma=lambda t: t, t_min=0.1, t_max=1.0)

@@ -142,3 +142,14 @@ def test_deeper_bridges_refine_shallower_ones():
     assert torch.equal(coarse[:, :, 2:], fine[::4, :, 2:])
     single = bridges(6, torch.float32, torch.device("cpu"))
     assert torch.equal(single, fine.float())
+
+
+@pytest.mark.parametrize("seed", [1.5, "a", [1, 2, None], [0.5, 1.0, 2.0]])
+def test_seeds_that_are_no_integers_are_refused(seed):
+    with pytest.raises(InvalidInput, match="seed must be an integer or 3 integers"):
+        sample_seeds(seed, 3)
+
+
+def test_numpy_integers_are_seeds():
+    assert torch.equal(sample_seeds(np.int64(7), 3), sample_seeds(7, 3))
+    assert torch.equal(sample_seeds(np.arange(3), 3), sample_seeds([0, 1, 2], 3))

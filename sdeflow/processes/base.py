@@ -67,7 +67,10 @@ class Process:
         check_interval(t_min, t_max)
         self.t_min, self.t_max = float(t_min), float(t_max)
         self._alpha, self._sigma = alpha, sigma
-        share = self._noise_share(torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64))
+        times = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
+        for name, function in (("alpha", alpha), ("sigma", sigma)):
+            _check_differentiable(name, function, times)
+        share = self._noise_share(times)
         if not bool((share.diff() > 0).all()):
             raise InvalidInput(
                 f"{self!r}: σ/α must grow with t on [t_min, t_max] (data at t_min, noise at t_max), but it does not. "
@@ -217,6 +220,26 @@ def _last_answer(method: Callable[[Time], Tensor]) -> Callable[[Time], Tensor]:
 def check_interval(t_min: float, t_max: float) -> None:
     if not (math.isfinite(t_min) and math.isfinite(t_max) and t_min < t_max):
         raise InvalidInput(f"a process needs finite times with t_min < t_max; got t_min={t_min}, t_max={t_max}")
+
+
+def _check_differentiable(name: str, function: Callable[[Tensor], Tensor | float], times: Tensor) -> None:
+    """Refuse a function that autograd cannot follow (numpy's, math's): its derivative would silently be 0."""
+    with torch.enable_grad():
+        leaf = times.clone().requires_grad_(True)
+        try:
+            value = function(leaf)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInput(
+                f"{name} must be a function of a float64 tensor of times, written with torch's functions; it raised "
+                f"{type(error).__name__}: {error}. Write e.g. {name}=lambda t: torch.cos(t)"
+            ) from error
+    if isinstance(value, Tensor) and value.requires_grad:
+        return
+    if bool((torch.as_tensor(value, dtype=times.dtype).expand(times.shape).diff() != 0).any()):
+        raise InvalidInput(
+            f"{name}(t) changes with t but autograd cannot follow it, so that its derivative would be 0; write it with "
+            f"torch's functions of t, e.g. {name}=lambda t: torch.cos(t)"
+        )
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
