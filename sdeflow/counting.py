@@ -113,8 +113,21 @@ def current() -> Counter | None:
     return _counter.get()
 
 
-def record(n: int) -> None:
-    """Count one forward pass over n rows on the counter now recording; without one, do nothing."""
+def before() -> int:
+    """Calls so far, to be given to `after`; at the limit it raises."""
     counter = _counter.get()
-    if counter is not None:
+    if counter is None:
+        return 0
+    if counter.limit is not None and counter.calls >= counter.limit:
+        raise CallLimitReached(counter.limit)
+    return counter.calls
+
+
+def after(calls: int, n: int) -> None:
+    """Count one forward pass over n rows, unless what was called since `before` has counted itself.
+
+    A network made of predictions is counted where they call theirs: once, or as often as it calls them.
+    """
+    counter = _counter.get()
+    if counter is not None and counter.calls == calls:
         counter.record(n)

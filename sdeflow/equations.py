@@ -90,8 +90,7 @@ class Equation:
         Raises:
             InvalidInput: the function returned another shape than x's.
         """
-        counter = counting.current()
-        before = counter.calls if counter else 0
+        calls = counting.before()
         value = self._called(t, x)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -103,8 +102,7 @@ class Equation:
             raise InvalidInput(
                 f"drift(t, x) returned {value.dtype}, expected floating numbers; write lambda t, x: drift(t, x).to(x.dtype)"
             )
-        if counter and counter.calls == before:
-            counter.record(x.shape[0])
+        counting.after(calls, x.shape[0])
         return value.to(x.dtype)
 
     def _called(self, t: Time, x: Tensor) -> Tensor:

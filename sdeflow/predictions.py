@@ -88,8 +88,9 @@ class Prediction(ABC):
         dtype = self._compute_dtype(x)
         if network_time.is_floating_point():
             network_time = network_time.to(dtype if dtype.itemsize >= 4 else torch.float32)
-        counting.record(x.shape[0])
+        calls = counting.before()
         output = self.network(x.to(dtype), network_time)
+        counting.after(calls, x.shape[0])
         if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
             raise InvalidInput(_bad_output(output, x))
         return output.to(x.dtype)
@@ -101,8 +102,9 @@ class Prediction(ABC):
         network, inner, outer = self.network, self._compute_dtype(x), x.dtype
 
         def call(x: Tensor, network_time: Tensor) -> Tensor:
-            counting.record(x.shape[0])
+            calls = counting.before()
             output = network(x if inner is outer else x.to(inner), network_time)
+            counting.after(calls, x.shape[0])
             if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
                 raise InvalidInput(_bad_output(output, x))
             return output if output.dtype is outer else output.to(outer)

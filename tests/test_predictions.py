@@ -167,6 +167,19 @@ def test_counts_what_the_network_sees():
     assert counter.calls == 3 and counter.evaluations.tolist() == [3, 4, 3, 4]
 
 
+def test_a_network_made_of_predictions_is_counted_where_they_call_theirs():
+    process = sf.VP()
+    inner = sf.NoisePrediction(lambda x, t: x, process)
+    once = sf.DataPrediction(lambda x, t: inner.data(x, t), process)
+    twice = sf.ScorePrediction(lambda x, t: 3.0 * once.score(x, t) - 2.0 * inner.score(x, t), process)
+    for predict, calls in ((once, 1), (twice, 2)):
+        for solver in (sf.DDIM(steps=7), sf.TorchDiffEq("rk4", steps=2), sf.EDMHeun(steps=3)):
+            plain = sf.solve(sf.ProbabilityFlowODE(inner), solver, torch.ones(3, 2))
+            s = sf.solve(sf.ProbabilityFlowODE(predict), solver, torch.ones(3, 2))
+            assert s.calls == calls * plain.calls
+            assert torch.equal(s.evaluations, calls * plain.evaluations)
+
+
 @pytest.mark.parametrize(
     ("network", "word"),
     [

@@ -134,3 +134,20 @@ def test_device_mix_is_named_on_meta():
     predict = sf.NoisePrediction(Network(2, 2, device="meta"), sf.VP())
     with pytest.raises(sf.InvalidInput, match="network is on meta, the state on cpu"):
         sf.solve(sf.ProbabilityFlowODE(predict), Euler(steps=3), X.float())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sf.DDIM(steps=5, grid="karras"), r"got 'karras'.*grid=sf\.Karras\(\)"),
+        (lambda: sf.DDIM(steps=5, grid=sf.Karras), r"the class Karras.*grid=sf\.Karras\(\)"),
+        (lambda: sf.Adams(rtol="1e-3"), r"rtol='1e-3'.*Adams\(rtol=1e-4"),
+        (lambda: sf.Adams(chart=sf.StraightLine), r"the class StraightLine.*chart=sf\.StraightLine\(c="),
+        (lambda: sf.TorchDiffEq("rk4", steps=4, chart="line"), r"got 'line'.*chart=sf\.StraightLine\(c="),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(make, words):
+    process = sf.VP()
+    ode = sf.ProbabilityFlowODE(sf.NoisePrediction(lambda x, t: x, process))
+    with pytest.raises(sf.InvalidInput, match=words):
+        sf.solve(ode, make(), torch.ones(2, 3))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.charts import Chart
 from sdeflow.counting import Counter
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
@@ -110,9 +111,12 @@ class Solver(ABC):
         """Refuse what the method cannot solve.
 
         Raises:
-            InvalidInput: the equation lacks the face or has noise the method does not accept.
+            InvalidInput: the equation lacks the face or has noise the method does not accept, or the chart is none.
         """
-        facts, equation = self.facts, task.equation
+        facts, equation, chart = self.facts, task.equation, getattr(self, "chart", None)
+        if chart is not None and not isinstance(chart, Chart):
+            given = f"the class {chart.__name__}" if isinstance(chart, type) else repr(chart)
+            raise InvalidInput(f"chart must be a Chart or None; got {given}. Write chart=sf.StraightLine(c=0.5)")
         if facts.face == "diffusion" and (equation.process is None or equation.predict is None):
             raise InvalidInput(
                 f"{facts.name} needs the process and prediction of a diffusion equation, and {equation!r} has only a "
@@ -142,6 +146,9 @@ class FixedStep(Solver):
 
     def __post_init__(self) -> None:
         grid = self.grid
+        if isinstance(grid, str | type):
+            given = repr(grid) if isinstance(grid, str) else f"the class {grid.__name__}"
+            raise InvalidInput(f"grid must be a rule or a list of times; got {given}. Write e.g. grid=sf.Karras()")
         if grid is not None and not isinstance(grid, Grid):
             grid = Nodes(grid)
             object.__setattr__(self, "grid", grid)

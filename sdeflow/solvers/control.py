@@ -38,9 +38,10 @@ def check_tolerances(owner: str, rtol: float, atol: float, max_steps: int) -> No
     Raises:
         InvalidInput: a negative or non-finite tolerance, both zero, or max_steps < 1.
     """
-    if not (math.isfinite(rtol) and math.isfinite(atol) and rtol >= 0 and atol >= 0 and rtol + atol > 0):
+    numbers = all(isinstance(value, int | float) for value in (rtol, atol))
+    if not (numbers and 0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
         raise InvalidInput(
-            f"rtol and atol must be finite, ≥ 0 and not both 0; got rtol={rtol}, atol={atol}. "
+            f"rtol and atol must be finite numbers, ≥ 0 and not both 0; got rtol={rtol!r}, atol={atol!r}. "
             f"Write {owner}(rtol=1e-4, atol=1e-4)"
         )
     if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
