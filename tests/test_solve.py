@@ -151,3 +151,14 @@ def test_settings_of_the_wrong_kind_are_named(make, words):
     ode = sf.ProbabilityFlowODE(sf.NoisePrediction(lambda x, t: x, process))
     with pytest.raises(sf.InvalidInput, match=words):
         sf.solve(ode, make(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", [sf.Adams(), sf.Tsit5(), sf.SRA1(rtol=1e-2, atol=1e-2), sf.GottaGoFast()], ids=str)
+def test_adaptive_steps_in_half_precision_are_refused(solver, dtype):
+    process = sf.VP()
+    equation = sf.ReverseSDE(
+        sf.NoisePrediction(lambda x, t: x, process), eta=1.0 if "none" not in solver.facts.noise else 0.0
+    )
+    with pytest.raises(sf.InvalidInput, match=r"cannot resolve.*x\.float\(\)"):
+        sf.solve(equation, solver, torch.ones(2, 3, dtype=dtype))

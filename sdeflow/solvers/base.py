@@ -111,12 +111,18 @@ class Solver(ABC):
         """Refuse what the method cannot solve.
 
         Raises:
-            InvalidInput: the equation lacks the face or has noise the method does not accept, or the chart is none.
+            InvalidInput: the equation lacks the face or has noise the method does not accept, the chart is none, or the
+                method is adaptive and the state in half precision.
         """
         facts, equation, chart = self.facts, task.equation, getattr(self, "chart", None)
         if chart is not None and not isinstance(chart, Chart):
             given = f"the class {chart.__name__}" if isinstance(chart, type) else repr(chart)
             raise InvalidInput(f"chart must be a Chart or None; got {given}. Write chart=sf.StraightLine(c=0.5)")
+        if facts.adaptive and task.x.dtype.itemsize < 4:
+            raise InvalidInput(
+                f"{facts.name} controls an error that {task.x.dtype} cannot resolve; write solve(..., x.float()): the network "
+                "keeps its own dtype. Or take a solver with fixed steps"
+            )
         if facts.face == "diffusion" and (equation.process is None or equation.predict is None):
             raise InvalidInput(
                 f"{facts.name} needs the process and prediction of a diffusion equation, and {equation!r} has only a "

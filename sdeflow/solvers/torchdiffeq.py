@@ -144,11 +144,6 @@ class TorchDiffEq(Solver):
 
     def check(self, task: Task) -> None:
         super().check(task)
-        if METHODS[self.method].adaptive and task.x.dtype.itemsize < 4:
-            raise InvalidInput(
-                f"{self.method} controls an error that {task.x.dtype} cannot resolve; write solve(..., x.float()): the "
-                'network keeps its own dtype. Or take a fixed method, TorchDiffEq("rk4", steps=20)'
-            )
         if self.chart is not None and task.equation.predict is None:
             raise InvalidInput("chart needs a diffusion equation; leave it out for an Equation of your own")
 

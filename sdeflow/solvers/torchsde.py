@@ -174,11 +174,6 @@ class TorchSDE(Solver):
             )
         if self.chart is not None and equation.predict is None:
             raise InvalidInput("chart needs a diffusion equation; leave it out for an Equation of your own")
-        if self.adaptive and task.x.dtype.itemsize < 4:
-            raise InvalidInput(
-                f"adaptive steps control an error that {task.x.dtype} cannot resolve; write solve(..., x.float()): the "
-                'network keeps its own dtype. Or take fixed steps, TorchSDE("srk", steps=100)'
-            )
         if self.adaptive and self.method == "euler" and equation.noise != "additive":
             raise InvalidInput(
                 "adaptive steps with euler need additive noise: with other noise the steps' choice biases it; "
