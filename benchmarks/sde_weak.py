@@ -201,7 +201,11 @@ PEERS: list[tuple[str, str, int, Callable, tuple[float, ...]]] = [
 OURS: list[tuple[str, Callable[[int], Solver]]] = [
     ("StochasticAdams", lambda n: sf.StochasticAdams(steps=n)),
     ("StochasticAdams, not looking ahead", lambda n: sf.StochasticAdams(steps=n, look_ahead=False)),
-    ("StochasticAdams(predictor=2, corrector=1)", lambda n: sf.StochasticAdams(steps=n, predictor=2, corrector=1)),
+    ("StochasticAdams(fitted=False)", lambda n: sf.StochasticAdams(steps=n, fitted=False)),
+    (
+        "StochasticAdams(fitted=False), not looking ahead",
+        lambda n: sf.StochasticAdams(steps=n, fitted=False, look_ahead=False),
+    ),
 ]
 
 
@@ -272,8 +276,9 @@ def fixed(process: sf.Process) -> dict[str, Callable[[int], Solver]]:
     return {
         "StochasticAdams": lambda n: sf.StochasticAdams(steps=n),
         "StochasticAdams(low=0.02)": lambda n: sf.StochasticAdams(steps=n, low=0.02),
-        "StochasticAdams(predictor=2, corrector=1, low=0.02)": lambda n: sf.StochasticAdams(
-            steps=n, predictor=2, corrector=1, low=0.02
+        "StochasticAdams(fitted=False)": lambda n: sf.StochasticAdams(steps=n, fitted=False),
+        "StochasticAdams(predictor=2, corrector=1, fitted=False, low=0.02)": lambda n: sf.StochasticAdams(
+            steps=n, predictor=2, corrector=1, fitted=False, low=0.02
         ),
         "SDE-DPM++ 2M, even in λ": lambda n: sf.DPMSolverPP(order=2, sde=True, steps=n, grid=lam),
         "SDE-DPM++ 2M, polyexponential 2": poly,

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("problems.*",),
     ("solvers.base", "solvers.control"),
     ("solvers.linear", "solvers.tableaux"),
-    ("solvers.exponential_weights",),
+    ("solvers.exponential_weights", "solvers.fitted_weights"),
     ("solvers.exponential_steps",),
     ("solvers.*",),
     ("solve",),

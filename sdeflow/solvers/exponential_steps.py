@@ -26,6 +26,7 @@ from sdeflow.solvers.exponential_weights import (
     linear_noise,
     moments,
 )
+from sdeflow.solvers.fitted_weights import Linearised
 from sdeflow.solvers.linear import Evaluations, Normals, PathNormals, Plan, Stage
 from sdeflow.solvers.tableaux import KUTTA3, MIDPOINT, RK4, Tableau
 
@@ -48,6 +49,9 @@ class Scheme:
         own_start: start-up steps of the method's own order, instead of fewer nodes at first.
         lower_order_final: fewer nodes at last.
         look: θ, how far the network looks ahead along the noise, see `_looks`; 0 for not at all.
+        share: of `predictor` and `corrector` nodes in the weights of a stochastic step of length |Δu|, the rest being of two
+            nodes and one: steps (n,) → (n,), None for the former alone.
+        scales: the data's scales to which the extrapolations of stochastic steps are fitted (`fitted_weights`), None for not at all.
     """
 
     form: Form = "data"
@@ -59,6 +63,8 @@ class Scheme:
     own_start: bool = True
     lower_order_final: bool = False
     look: float = 0.0
+    share: Callable[[Array], Array] | None = None
+    scales: tuple[float, float] | None = None
 
     @property
     def order(self) -> int:
@@ -106,11 +112,19 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
     infinite = not (bool(np.isfinite(s.lam).all()) or blind)
     clock = "share" if infinite and scheme.clock in ("lambda", "rho") else scheme.clock
     weigh = _Weigher(scheme, points, exact, clock if callable(clock) else clocks(process, clock), clock)
-    predict, correct = weigh.all(p, 0), weigh.all(np.append(0, c[:-1]), 1)
+    back = np.append(0, c[:-1])
+    predict, correct = weigh.all(p, 0), weigh.all(back, 1)
+    looks, every = (_looks(exact, scheme.look), 2) if looking else ([()] * steps, 1)
+    length = np.abs(np.diff(weigh.u))
+    if strength.noisy and scheme.share is not None:
+        share = scheme.share(length)
+        predict = mixed(predict, weigh.all(np.minimum(p, 2), 0), share)
+        correct = mixed(correct, weigh.all(np.minimum(back, 1), 1), np.append(0.0, share[:-1]))
+    if strength.noisy and scheme.scales is not None and np.median(length) > NEGLIGIBLE:
+        predict = _fitted(scheme.scales, points, exact, predict, correct, weigh.slopes(p), looks, every)
 
     A, noise = exact.A.tolist(), exact.noise.tolist()
     at = _Calls(points)
-    looks, every = (_looks(exact, scheme.look), 2) if looking else ([()] * steps, 1)
     plan: list[list[Stage]] = []
     for n in range(steps):
         e = at.node(n)
@@ -126,6 +140,46 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
     q = np.full(len(at.t), float(scheme.form == "noise"))
     q[0] = q[0] * (not blind)
     return compiled(task, at.t, q, plan, normals)
+
+
+NEGLIGIBLE = 0.12
+"""Steps in λ up to which there is nothing to fit: the variance of a scale far from both ends is right to 1e-5."""
+
+
+def mixed(more: list[list[float]], fewer: list[list[float]], share: Array) -> list[list[float]]:
+    """share·more + (1 − share)·fewer, a row a step, newest node first."""
+    return [
+        [q * a + (1.0 - q) * b for a, b in zip(m, f + [0.0] * (len(m) - len(f)), strict=True)]
+        for m, f, q in zip(more, fewer, share.tolist(), strict=True)
+    ]
+
+
+def _fitted(
+    scales: tuple[float, float],
+    points: Points,
+    exact: Linear,
+    predict: list[list[float]],
+    correct: list[list[float]],
+    slope: Array,
+    looks: list[tuple[tuple[float, int], ...]],
+    every: int,
+) -> list[list[float]]:
+    """The predictor's weights with the slope through the last two D taken δ_n more, see `fitted_weights`."""
+    law = Linearised(
+        alpha=tuple(points.alpha.tolist()),
+        sigma=tuple(points.sigma.tolist()),
+        A=tuple(exact.A.tolist()),
+        noise=tuple(exact.noise.tolist()),
+        predict=tuple(map(tuple, predict)),
+        correct=tuple(map(tuple, correct)),
+        slope=tuple(slope.tolist()),
+        looks=tuple(looks),
+        draws=every,
+    )
+    found = []
+    for w, more in zip(predict, (law.fitted(*scales) * slope).tolist(), strict=True):
+        found.append([w[0] + more, w[1] - more, *w[2:]] if more else w)
+    return found
 
 
 def compiled(task: Task, t: list[float], q: Array, plan: list[list[Stage]], normals: Normals | None = None) -> Plan:
@@ -258,6 +312,10 @@ class _Weigher:
             for i, row in zip(n.tolist(), self._some(n - ahead, count, ahead).tolist(), strict=True):
                 found[i] = row
         return found
+
+    def slopes(self, counts: Array) -> Array:
+        """S_n: the line through the last two F weighs them W + S_n and −S_n; 0 for steps of one node, (steps,)."""
+        return np.array([-w[1] if len(w) > 1 else 0.0 for w in self.all(np.minimum(counts, 2), 0)])
 
     def _some(self, n: Array, count: int, ahead: int) -> Array:
         """For the steps n → n + 1 with `count` nodes up to n and, if ahead, the node n + 1."""

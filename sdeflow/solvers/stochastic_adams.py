@@ -15,6 +15,14 @@ from sdeflow.solvers.exponential import Multistep
 from sdeflow.solvers.exponential_steps import LOOK, Scheme
 from sdeflow.solvers.exponential_weights import Array, Strength
 
+RESOLVED, UNRESOLVED = 0.4, 0.8
+"""Steps in λ up to which a transition of the data (10 to 90 % of it take 2.2 in λ) is told by all nodes, and from which by two."""
+
+
+def resolved(h: Array) -> Array:
+    """How much of the higher order is taken at steps h of the clock: 1 where they are short, 0 where they are long."""
+    return np.clip((UNRESOLVED - h) / (UNRESOLVED - RESOLVED), 0.0, 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticAdams(Multistep):
@@ -25,13 +33,17 @@ class StochasticAdams(Multistep):
     with P the polynomial through the last D in the clock u of `Multiscale(low, high)`; the corrector integrates again with the new D,
     at the same noise and no further call, as SA-Solver does (Xue et al. 2023). What is new is where D is asked for: at a point of
     x_n's law whose share of the last noise is smaller by a, and which has as much of the noise to come. That takes out the
-    h² term which the noise in the history leaves in the variance: weak order 3 on linear equations at one evaluation a step.
+    h² term which the noise in the history leaves in the variance: weak order 3 on linear equations at one evaluation a step. What is left
+    at long steps is taken out by fitting: two nodes predict and one corrects where steps are too long for more, and how far the predictor
+    extrapolates is chosen, when the steps are planned, so that Gaussian data of every scale from low to high end with the right variance.
 
     Args:
         predictor: nodes of the predictor, 1 … 4.
         corrector: old nodes of the corrector, 0 … 4 (beside the new one); 0 for none.
         look_ahead: ask for D there; False is the same method with D at x_n.
-        low, high: scales of the data between which steps are even in λ, see `Multiscale`; they set u and the default grid.
+        fitted: do the two things just said; False has as many nodes in every step as asked for, and plain polynomials.
+        low, high: scales of the data between which steps are even in λ, see `Multiscale`; they set u and the default grid, and
+            what is fitted.
         steps: number of steps, which is the number of evaluations.
         grid: another rule for placing them, or the times themselves.
 
@@ -41,6 +53,7 @@ class StochasticAdams(Multistep):
     predictor: int = 3
     corrector: int = 2
     look_ahead: bool = True
+    fitted: bool = True
     low: float = 0.005
     high: float = 2.0
 
@@ -73,4 +86,5 @@ class StochasticAdams(Multistep):
         return Scheme(
             "data", self.predictor, self.corrector, clock, None, lambda s, t: law, self.own_start,
             self.lower_order_final, LOOK if self.look_ahead else 0.0,
+            resolved if self.fitted and self.predictor > 2 else None, (self.low, self.high) if self.fitted else None,
         )  # fmt: skip
