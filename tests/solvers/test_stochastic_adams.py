@@ -10,6 +10,7 @@ import sdeflow as sf
 from sdeflow.measure import exact_moments
 from sdeflow.solvers.exponential_steps import LOOK, _looks
 from sdeflow.solvers.exponential_weights import Linear
+from sdeflow.solvers.fitted_weights import Linearised
 
 F64 = torch.float64
 VP = sf.VP(t_min=1e-2)
@@ -127,3 +128,73 @@ def test_a_step_to_clean_data_draws_nothing():
     x = VP.prior((4, 1), dtype=F64)
     run = sf.solve(equation, sf.StochasticAdams(steps=12, denoise=True), x, seed=0)
     assert run.evaluations.tolist() == [13] * 4 and bool(run.x.isfinite().all())
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_fitting_makes_long_steps_right_at_every_scale(eta):
+    # off the scales that were fitted, with the plain method beside it
+    problem = sf.problems.gaussian(mean=0.0, std=torch.logspace(math.log10(0.04), 0.0, 11, dtype=F64))
+    errors = {
+        fitted: variance_errors(sf.StochasticAdams(steps=9, fitted=fitted), eta, problem, sf.EDM()).abs().max().item()
+        for fitted in (True, False)
+    }
+    assert errors[True] < 0.02 < 0.1 < errors[False], errors
+
+
+def test_the_derivatives_of_the_variance_are_right():
+    rng = np.random.default_rng(1)
+    N, scales = 5, np.array([0.1, 0.5, 1.5])
+    method = Linearised(
+        alpha=tuple(np.linspace(0.1, 1.0, N + 1)), sigma=tuple(np.linspace(1.0, 0.05, N + 1)),
+        A=tuple(rng.uniform(0.2, 0.8, N)), noise=tuple(rng.uniform(0.1, 0.3, N)),
+        predict=tuple(tuple(rng.uniform(-0.3, 0.6, min(n + 1, 3))) for n in range(N)),
+        correct=((), *(tuple(rng.uniform(-0.3, 0.6, min(n + 1, 3))) for n in range(1, N))),
+        slope=(0.0, *rng.uniform(0.1, 0.4, N - 1)),
+        looks=((), *(((-0.1, 2 * n - 2), (0.2, 2 * n), (0.05, 2 * n + 1)) for n in range(1, N))), draws=2,
+    )  # fmt: skip
+    delta = rng.uniform(-0.5, 0.5, N)
+    J = method.variance(scales, delta)[1]
+    for n in range(N):
+        e = 1e-5 * np.eye(N)[n]
+        difference = (method.variance(scales, delta + e)[0] - method.variance(scales, delta - e)[0]) / 2e-5
+        np.testing.assert_allclose(J[:, n], difference, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("denoise", [False, True])
+def test_what_is_fitted_is_the_variance_of_the_solver(denoise):
+    # the solver's own law, by unit vectors, against the linearised plan it was fitted with
+    kept = []
+    original = Linearised.fitted
+    try:
+        Linearised.fitted = lambda self, low, high: kept.append((self, original(self, low, high))) or kept[-1][1]
+        problem = sf.problems.gaussian(mean=0.0, std=[0.1, 0.7])
+        equation = sf.ReverseSDE(problem.prediction(VP))
+        solver = sf.StochasticAdams(steps=8, denoise=denoise)
+        law = exact_moments(equation, solver, *problem.moments(VP, VP.t_max))
+    finally:
+        Linearised.fitted = original
+    method, delta = kept[0]
+    assert np.abs(delta).max() > 0.05
+    relative = method.variance(np.array([0.1, 0.7]), delta)[0] + 1.0
+    alpha, sigma = method.alpha[-1 - denoise], method.sigma[-1 - denoise]
+    s2 = np.array([0.1, 0.7]) ** 2
+    exact = alpha**2 * s2 + sigma**2
+    if denoise:
+        exact = (alpha * s2 / exact) ** 2 * exact
+    np.testing.assert_allclose(np.diag(law.cov.numpy()), relative * exact, rtol=1e-6)
+
+
+def test_one_node_leaves_noise_out_and_more_bring_too_much_in():
+    # the row h = 0.7 of the table in docs/weak.md
+    process, h = sf.EDM(t_min=1e-3, t_max=1e3), 0.7
+    problem = sf.problems.gaussian(mean=0.0, std=torch.linspace(-0.5 * h, 0.5 * h, 9, dtype=F64)[:-1].exp())
+    times = (-torch.arange(-6.3, 6.4, h, dtype=F64)).exp()
+    ends = {"start": times[0].item(), "stop": times[-1].item()}
+    for (predictor, corrector), expected in {(1, 1): -0.39, (2, 1): 0.27, (3, 2): 0.11}.items():
+        solver = sf.StochasticAdams(
+            grid=times, predictor=predictor, corrector=corrector, fitted=False, low=1e-4, high=1e4
+        )
+        mean, cov = problem.moments(process, ends["start"])
+        law = exact_moments(sf.ReverseSDE(problem.prediction(process)), solver, mean, cov, **ends)
+        error = law.variance_errors(problem.moments(process, ends["stop"])[1]).mean().item()
+        assert abs(error - expected) < 0.01, (predictor, error)
