@@ -143,7 +143,7 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
 
 
 NEGLIGIBLE = 0.12
-"""Steps in λ up to which there is nothing to fit: the variance of a scale far from both ends is right to 1e-5."""
+"""Steps in λ up to which nothing is fitted. Looking ahead, the variance of a scale far from both ends is then right without it."""
 
 
 def mixed(more: list[list[float]], fewer: list[list[float]], share: Array) -> list[list[float]]:
