@@ -297,6 +297,13 @@ class AdamsStepper:
         )
         return flat.view(n, m, -1)
 
+    def _weights(self, *nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`weights` of all samples."""
+        if self.coupled:  # one clock and one order between all
+            rows, gamma, eta = weights(*(v[:, :1] for v in nodes))
+            return rows.expand(-1, -1, nodes[0].shape[1]), gamma, eta
+        return weights(*nodes)
+
     def attempt(self, u: Tensor, z: Tensor, step: Tensor, end: Tensor, allowed: Tensor) -> Attempt:
         """See `Stepper`."""
         K = min(self.top + 2, self.max_order + 1)
@@ -307,11 +314,13 @@ class AdamsStepper:
         near = self.k + _around(u.device)
         s = (self.U - u).div_(step)
         oldest = s.gather(0, _wrap(self.head + 1 - near.clamp_min(1), slots))
-        rows, gamma, eta = weights(s, age, near, oldest)
+        rows, gamma, eta = self._weights(s, age, near, oldest)
         Y = self._sums(rows)
         z_star = torch.addcmul(z, Y[:, 0], step.to(z.dtype)[:, None])
         f = self.flow.rhs(end, z_star)
-        r = f[:, None] - Y[:, 1:]
+        slope = rms(Y[:, 2].detach()) if self.starting and not self.flow.natural else None
+        # in place saves memory that would be new, and so slow, at every step
+        r = f[:, None] - Y[:, 1:] if self.gradients else Y[:, 1:].sub_(f[:, None]).neg_()
         z_new = torch.addcmul(z_star, r[:, 1], (step * gamma).to(z.dtype)[:, None])
         size = rms(r.detach()).T
         if self.noisy:
@@ -322,11 +331,7 @@ class AdamsStepper:
         if self.starting:
             # η₁r₁ measures Euler's error ½h²z″. The step ends with the trapezoidal rule, whose error is smaller by
             # h z‴/6z″: ½h in a chart (see `first_step`), unknown elsewhere and taken as |f* − f|/|f|
-            less = (
-                LESS * step.abs()
-                if self.flow.natural
-                else rms(r[:, 1].detach()) / rms(Y[:, 2].detach()).clamp_min(1e-300)
-            )
+            less = LESS * step.abs() if slope is None else rms(r[:, 1].detach()) / slope.clamp_min(1e-300)
             error = torch.where(self.count == 1, error * less.clamp_max(1.0), error)
         return self._judge(z_new, error, near)
 

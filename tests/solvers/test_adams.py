@@ -148,6 +148,15 @@ def test_counts_add_up_and_finished_samples_leave():
     assert s.calls == len(sizes) == s.evaluations.max()
 
 
+def test_coupled_weights_are_those_of_each_sample():
+    process, problem = sf.VP(), sf.problems.ring()
+    ode = sf.ProbabilityFlowODE(problem.prediction(process))
+    x = process.prior((1, 2), seed=4, dtype=torch.float64).expand(5, 2)
+    one, own = (sf.solve(ode, sf.Adams(1e-5, 1e-5, coupled=c), x) for c in (True, False))
+    assert one.calls == own.calls > 20
+    assert torch.allclose(one.x, own.x, rtol=0.0, atol=1e-11)
+
+
 def test_coupled_uses_one_time_for_all():
     process = sf.VP()
     problem = sf.problems.ring()
