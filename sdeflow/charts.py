@@ -10,14 +10,13 @@ A chart takes (t, x) to (u, z) with z = m x, so that z = A(u) x_0 + S(u) ε for 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sdeflow.errors import InvalidInput
+from sdeflow.errors import InvalidInput, finite
 from sdeflow.predictions import Prediction
 from sdeflow.processes import Process, Time, as_time, expand
 
@@ -96,9 +95,9 @@ class BoundChart:
 
 
 def _check_scale(c: float) -> None:
-    if not (math.isfinite(c) and c > 0):
+    if not (finite(c) and c > 0):
         raise InvalidInput(
-            f"the chart's data scale c must be positive and finite; got {c}. Write e.g. StraightLine(c=0.5)"
+            f"the chart's data scale c must be a positive and finite number; got {c!r}. Write e.g. StraightLine(c=0.5)"
         )
 
 

@@ -7,7 +7,6 @@ with an exact linear part need.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sdeflow import counting
 from sdeflow.charts import BoundChart, Chart, PlainTime
-from sdeflow.errors import InvalidInput
+from sdeflow.errors import InvalidInput, finite
 from sdeflow.predictions import Prediction
 from sdeflow.processes import Process, Time, as_time, expand
 
@@ -217,8 +216,8 @@ class ReverseSDE(_DiffusionEquation):
                 f"{type(self).__name__} needs a prediction; got {type(predict).__name__}. Write "
                 f"sf.{type(self).__name__}(sf.NoisePrediction(network, process))"
             )
-        if not (math.isfinite(eta) and eta >= 0):
-            raise InvalidInput(f"eta must be finite and ≥ 0; got {eta}")
+        if not (finite(eta) and eta >= 0):
+            raise InvalidInput(f"eta must be a finite number ≥ 0; got {eta!r}")
         process = predict.process
         super().__init__(process, predict, "additive" if eta > 0 else "none", process.t_max, process.t_min)
         self._bound, self._predict, self.eta = PlainTime().bind(process), predict, float(eta)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdeflow.solution import Solution
@@ -30,3 +31,8 @@ class SolveFailed(SdeflowError, RuntimeError):
     def __init__(self, message: str, solution: Solution):
         super().__init__(message)
         self.solution = solution
+
+
+def finite(value: Any) -> bool:
+    """Whether a setting is a finite real number: Python's, numpy's, or nothing else."""
+    return isinstance(value, Real) and float("-inf") < value < float("inf")

@@ -10,7 +10,6 @@ Kynkäänniemi et al. 2024 (interval), Song et al. 2021 and Lugmayr et al. 2022 
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeflow.errors import InvalidInput
+from sdeflow.errors import InvalidInput, finite
 from sdeflow.networks import Conditioned, rows_of
 from sdeflow.predictions import Prediction, VPrediction
 from sdeflow.processes import Time, as_time, expand
@@ -238,9 +237,9 @@ def _need_prediction(predict: Any, owner: str) -> None:
 def _finite_scale(scale: Any) -> float | Tensor:
     if isinstance(scale, Tensor) and scale.ndim == 1 and bool(scale.isfinite().all()):
         return scale
-    if not isinstance(scale, Tensor) and math.isfinite(scale):
+    if finite(scale):
         return float(scale)
-    raise InvalidInput(f"the guidance scale must be a finite number, or a (batch,) tensor of them; got {scale}")
+    raise InvalidInput(f"the guidance scale must be a finite number, or a (batch,) tensor of them; got {scale!r}")
 
 
 def _check_interval(interval: Interval | None) -> Interval | None:

@@ -47,8 +47,9 @@ class Prediction(ABC):
         time: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if not callable(network):
-            raise InvalidInput(f"network must be callable as network(x, t); got {type(network).__name__}")
+        if not callable(network) or isinstance(network, type):
+            given = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
+            raise InvalidInput(f"network must be callable as network(x, t); got {given}")
         if not isinstance(process, Process):
             raise InvalidInput(
                 f"process must be a Process, e.g. sf.VP(); got {type(process).__name__}. Write "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdeflow.counting import Counter, counting
 from sdeflow.equations import Equation
-from sdeflow.errors import InvalidInput, SolveFailed
+from sdeflow.errors import InvalidInput, SolveFailed, finite
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solvers.base import Solver, Task
@@ -126,9 +126,14 @@ def _interval(equation: Equation, start: float | None, stop: float | None) -> tu
     stop = equation.stop if stop is None else stop
     if start is None or stop is None:
         raise InvalidInput("this equation has no interval of its own; write solve(..., start=0.0, stop=1.0)")
+    for name, value in (("start", start), ("stop", stop)):
+        if not finite(value) and not (
+            isinstance(value, Tensor) and value.numel() == 1 and bool(value.isfinite().all())
+        ):
+            raise InvalidInput(f"{name} must be a finite number; got {value!r}")
     start, stop = float(start), float(stop)
-    if not (abs(start) < float("inf") and abs(stop) < float("inf")) or start == stop:
-        raise InvalidInput(f"start and stop must be finite and different; got start={start}, stop={stop}")
+    if start == stop:
+        raise InvalidInput(f"start and stop must be different; got {start} for both")
     process = equation.process
     if process is not None:
         slack = 1e-9 * (process.t_max - process.t_min)
@@ -145,7 +150,12 @@ def _interval(equation: Equation, start: float | None, stop: float | None) -> tu
 def _outputs(save_at: Sequence[float] | Tensor | None, start: float, stop: float) -> Tensor | None:
     if save_at is None:
         return None
-    times = torch.as_tensor(save_at, dtype=torch.float64).detach().cpu()
+    try:
+        times = torch.as_tensor(save_at, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(f"save_at must be a list of times; got {save_at!r}. Write save_at=[0.5, 0.1]") from None
+    if times.ndim == 0:
+        raise InvalidInput(f"save_at must be a list of times; got {save_at!r}. Write save_at=[{save_at}]")
     low, high, way = min(start, stop), max(start, stop), 1.0 if stop > start else -1.0
     if (
         times.ndim != 1

@@ -144,6 +144,11 @@ def test_device_mix_is_named_on_meta():
         (lambda: sf.Adams(rtol="1e-3"), r"rtol='1e-3'.*Adams\(rtol=1e-4"),
         (lambda: sf.Adams(chart=sf.StraightLine), r"the class StraightLine.*chart=sf\.StraightLine\(c="),
         (lambda: sf.TorchDiffEq("rk4", steps=4, chart="line"), r"got 'line'.*chart=sf\.StraightLine\(c="),
+        (lambda: sf.StraightLine(c="a"), r"got 'a'.*StraightLine\(c=0\.5\)"),
+        (lambda: sf.ReverseSDE(sf.NoisePrediction(abs, sf.VP()), eta="a"), "eta must be .* got 'a'"),
+        (lambda: sf.NoisePrediction(torch.nn.Linear, sf.VP()), "the class Linear"),
+        (lambda: sf.VP().prior(4), r"got 4.*prior\(\("),
+        (lambda: sf.VP().prior((4, 2), dtype=torch.int64), "floating dtype; got torch.int64"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_named(make, words):
@@ -151,6 +156,21 @@ def test_settings_of_the_wrong_kind_are_named(make, words):
     ode = sf.ProbabilityFlowODE(sf.NoisePrediction(lambda x, t: x, process))
     with pytest.raises(sf.InvalidInput, match=words):
         sf.solve(ode, make(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"save_at": "abc"}, r"got 'abc'.*save_at=\[0\.5, 0\.1\]"),
+        ({"save_at": 0.5}, r"Write save_at=\[0\.5\]"),
+        ({"start": "a"}, "start must be a finite number; got 'a'"),
+        ({"stop": float("nan")}, "stop must be a finite number; got nan"),
+    ],
+)
+def test_times_of_the_wrong_kind_are_named(given, words):
+    ode = sf.ProbabilityFlowODE(sf.NoisePrediction(lambda x, t: x, sf.VP()))
+    with pytest.raises(sf.InvalidInput, match=words):
+        sf.solve(ode, sf.DDIM(steps=3), torch.ones(2, 3), **given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -170,6 +170,10 @@ class Process:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """A sample of N(0, σ(t_max)²) of the given shape (batch, *event); row i depends on the seed and i alone."""
+        if not isinstance(shape, Sequence) or len(shape) < 2:
+            raise InvalidInput(f"shape must be (batch, *event); got {shape!r}. Write prior((16, 3, 64, 64))")
+        if not dtype.is_floating_point:
+            raise InvalidInput(f"dtype must be a floating dtype; got {dtype}. Write dtype=torch.float32")
         batch, *event = (int(n) for n in shape)
         seeds = sample_seeds(seed, batch, device)
         noise = standard_normal(seeds, tuple(event), stream=PRIOR_STREAM, dtype=dtype, device=device)

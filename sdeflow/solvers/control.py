@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdeflow.charts import BoundChart, Chart, LogSNR, StraightLine, Trigonometric
 from sdeflow.equations import Equation
-from sdeflow.errors import InvalidInput
+from sdeflow.errors import InvalidInput, finite
 from sdeflow.processes import expand
 from sdeflow.processes.base import remembering
 from sdeflow.solution import Status
@@ -38,8 +38,7 @@ def check_tolerances(owner: str, rtol: float, atol: float, max_steps: int) -> No
     Raises:
         InvalidInput: a negative or non-finite tolerance, both zero, or max_steps < 1.
     """
-    numbers = all(isinstance(value, int | float) for value in (rtol, atol))
-    if not (numbers and 0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
+    if not (finite(rtol) and finite(atol) and rtol >= 0 and atol >= 0 and rtol + atol > 0):
         raise InvalidInput(
             f"rtol and atol must be finite numbers, ≥ 0 and not both 0; got rtol={rtol!r}, atol={atol!r}. "
             f"Write {owner}(rtol=1e-4, atol=1e-4)"
