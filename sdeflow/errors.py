@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -35,4 +36,4 @@ class SolveFailed(SdeflowError, RuntimeError):
 
 def finite(value: Any) -> bool:
     """Whether a setting is a finite real number: Python's, numpy's, or nothing else."""
-    return isinstance(value, Real) and float("-inf") < value < float("inf")
+    return isinstance(value, Real) and math.isfinite(value)

@@ -338,8 +338,10 @@ class AdamsStepper:
     def _judge(self, z: Tensor, error: Tensor, near: Tensor) -> Attempt:
         """Choose the order that allows the largest step; error (3, n) is that of k − 1, k, k + 1 over the allowed."""
         k = self.k
+        broken = None
         if self.coupled:
-            error = error.amax(1, keepdim=True).expand_as(error)
+            broken = ~(error[1] < math.inf)
+            error = torch.where(broken, 0.0, error).amax(1, keepdim=True).expand_as(error)
         possible = (near >= 1) & (near <= self.count.clamp_max(self.max_order))
         power = near + 1.0
         if self.starting:
@@ -359,6 +361,9 @@ class AdamsStepper:
         best, which = torch.where(possible, factor, 0.0).max(0)
         self.next = torch.where(best > 0, which.add_(k).sub_(1), k)
         grow = torch.where(self.young, START, GROW) if self.starting else GROW
+        if broken is not None:
+            self.next = torch.where(broken.any(), k, self.next)
+            error = torch.where(broken, math.nan, error)
         return Attempt(z, error[1], best.clamp_min(KEEP).clamp_max(grow), best.clamp(SHRINK, 0.9))
 
     def commit(self, ok: Tensor) -> News:

@@ -351,6 +351,14 @@ class _Run:
             here = self.targets[0] == now.u[0]
             self.states[0] = torch.where(here, now.z, self.states[0])
             now.target = now.target + here
+        bad = ~self._first().isfinite().all(1)
+        if bool(bad.any()):
+            now.broken = now.broken + TRIES * bad
+            self._leave(bad, torch.zeros_like(bad), bad)
+
+    def _first(self) -> Tensor:
+        """Evaluate where the samples are and choose a first step from there; returns f (n, d)."""
+        now = self.now
         f = self.flow.rhs(now.u, now.z)
         now.h = first_step(
             self.flow, now.z, f, self.allowed(now.u, now.z), torch.full_like(now.u, self.span), self.order
@@ -358,10 +366,7 @@ class _Run:
         if self.coupled:
             now.h = now.h.nan_to_num(nan=self.span).amin().expand_as(now.h)
         self.stepper.begin(now.u, now.z, f)
-        bad = ~f.isfinite().all(1)
-        if bool(bad.any()):
-            now.broken = now.broken + TRIES * bad
-            self._leave(bad, torch.zeros_like(bad), bad)
+        return f
 
     def allowed(self, u: Tensor, z: Tensor) -> Tensor:
         """The local error in z that a step from (u, z) may make."""
@@ -386,7 +391,10 @@ class _Run:
         error, grow, shrink = tried.error, tried.grow, tried.shrink
         broken = ~(error < math.inf)
         if self.coupled:
-            error, grow, shrink = error.amax().expand_as(error), grow.amin().expand_as(grow), shrink.amin().expand_as(h)
+            # a sample that breaks off holds the others up until it has failed, and no longer
+            error = torch.where(broken, math.inf, error).amax().expand_as(error)
+            grow = grow.amin().expand_as(grow)
+            shrink = torch.where(broken.any(), 0.25, shrink.nan_to_num(nan=0.25).amin()).expand_as(h)
         ok = error <= 1.0
         # a rejected last step that shrinks by less than the stretch would be stretched back to itself, for ever
         shrink = torch.where(land, shrink.clamp_max(0.99 / self.stretch), shrink)
@@ -406,9 +414,14 @@ class _Run:
             now.target = now.target + done
             done = now.target == len(self.targets)
             now.target = now.target.clamp_max(len(self.targets) - 1)
-        gone = done | (now.h < self.smallest) | (now.broken >= TRIES)
+        small = now.h < self.smallest
+        if self.coupled:  # those that do not break off start again from here once the others have failed
+            small = small & ~(broken.any() & ~broken)
+        gone = done | small | (now.broken >= TRIES)
         if self._tell(ok, gone):
             self._leave(gone, done, broken)
+            if self.coupled and self.now.rows.numel():
+                self._first()
         if self.task.progress is not None:
             inside = (self.now.u - self.targets[-1]).abs().sum().item() / self.span
             self.task.progress(1.0 - inside / self.task.batch)

@@ -338,6 +338,24 @@ def test_adversarial_networks_finish(name, tol):
         assert s.evaluations.max() < 500
 
 
+@pytest.mark.parametrize("solver", [sf.Adams, sf.Tsit5])
+def test_a_coupled_sample_that_fails_leaves_the_others(solver):
+    process = sf.VP()
+    x = process.prior((8, 2), seed=1, dtype=f64)
+    bad = torch.arange(8) == 5
+
+    def network(x, t, broken):
+        return torch.where(broken[:, None] & (t.expand(len(x))[:, None] < 0.5), math.nan, 0.5 * torch.tanh(2.0 * x))
+
+    ode = sf.ProbabilityFlowODE(sf.DataPrediction(sf.Conditioned(network, broken=bad), process))
+    s = sf.solve(ode, solver(rtol=1e-3, atol=1e-3, coupled=True), x, on_failure="return")
+    assert s.status.tolist() == [int(sf.Status.NON_FINITE) if b else 0 for b in bad.tolist()]
+    smooth = sf.ProbabilityFlowODE(sf.DataPrediction(lambda x, t: 0.5 * torch.tanh(2.0 * x), process))
+    want = sf.solve(smooth, sf.Adams(rtol=1e-8, atol=1e-8), x).x
+    without = sf.solve(smooth, solver(rtol=1e-3, atol=1e-3, coupled=True), x).x
+    assert rmse(s.x[~bad], want[~bad]) < 2.0 * rmse(without[~bad], want[~bad])
+
+
 # --- the chart's scale
 
 
