@@ -144,13 +144,13 @@ class Multiscale(Grid):
         high: the largest, about twice the data's standard deviation.
     """
 
-    low: float = 0.005
+    low: float = 0.01
     high: float = 2.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.low < self.high < float("inf"):
             raise InvalidInput(
-                f"Multiscale needs 0 < low < high; got {self.low} and {self.high}. Write Multiscale(0.005, 2.0)"
+                f"Multiscale needs 0 < low < high; got {self.low} and {self.high}. Write Multiscale(0.01, 2.0)"
             )
 
     def clock(self, lam: Tensor) -> Tensor:

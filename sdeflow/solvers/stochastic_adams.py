@@ -54,7 +54,7 @@ class StochasticAdams(Multistep):
     corrector: int = 2
     look_ahead: bool = True
     fitted: bool = True
-    low: float = 0.005
+    low: float = 0.01
     high: float = 2.0
 
     def __post_init__(self) -> None:
