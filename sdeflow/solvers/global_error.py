@@ -44,14 +44,15 @@ def integrate(solver: Adams, task: Task) -> Outcome:
 
     Returns:
         An Outcome whose error estimate is the last two ends' difference over the ratio of their tolerances less 1. Status
-        NOT_CONVERGED where solves do not come to agree, with the tightest solve's states.
+        NOT_CONVERGED where solves do not come to agree, with the tightest solve's states; where a tighter solve fails its status,
+        with the states of the one before.
     """
     flow = Flow.of(task, solver.chart)
     places = _places(flow, task)
     rows = torch.arange(task.batch, device=task.x.device)
     before = _solved(solver, replace(task, save_at=None, progress=None), FIRST)
     found = after = _solved(solver, task, SECOND)
-    dense = [(rows, after.dense)]
+    dense = [(rows, rows, after.dense)]
     some, factor, ratio = rows, SECOND, FIRST / SECOND
     found.error_estimate = torch.zeros_like(found.status, dtype=torch.float64)
     for turn in range(2, ROUNDS + 1):
@@ -67,8 +68,9 @@ def integrate(solver: Adams, task: Task) -> Outcome:
             break
         factor, ratio = TIGHTER * factor, 1.0 / TIGHTER
         before, after = after, _solved(solver, _part(task, rows), factor)
-        dense.append((rows, after.dense))
-        _replace(found, rows, after)
+        arrived = (after.status == Status.SUCCESS).nonzero().flatten()
+        dense.append((rows[arrived], arrived, after.dense))
+        _replace(found, rows, after, arrived)
     task.counter.restrict(None)
     found.dense = _joined(dense) if solver.dense else None
     return found
@@ -94,20 +96,22 @@ def _places(flow: Flow, task: Task) -> list[tuple[float, Tensor]]:
 
 def _apart(flow: Flow, places: list[tuple[float, Tensor]], before: Outcome, some: Tensor, after: Outcome):
     """Largest carried difference along the paths, (n,), of the samples `some` of a solve from those of the next, and that of the ends."""
-    assert before.dense is not None and after.dense is not None
     gap = torch.zeros_like(some, dtype=torch.float64)
+    if before.dense is None or after.dense is None:  # no step was accepted, of any sample
+        return gap + torch.inf, gap + torch.nan
     for t, u in places:
         away = flow.z(t, (after.dense(t) - before.dense(t)[some]).detach())
         gap = gap.maximum(rms(away) * flow.carry(u).to(gap.device))
     return gap, rms((after.x - before.x[some]).detach().flatten(1))
 
 
-def _replace(found: Outcome, rows: Tensor, by: Outcome) -> None:
-    """Write the results of a solve of some samples."""
-    for name in ("x", "status", "accepted", "rejected"):
+def _replace(found: Outcome, rows: Tensor, by: Outcome, arrived: Tensor) -> None:
+    """Write the results of a solve of some samples: the states of those that arrived."""
+    for name in ("status", "accepted", "rejected"):
         setattr(found, name, getattr(found, name).index_put((rows,), getattr(by, name)))
+    found.x = found.x.index_put((rows[arrived],), by.x[arrived])
     if found.states is not None and by.states is not None:
-        found.states = found.states.index_put((_all(found.states), rows), by.states)
+        found.states = found.states.index_put((_all(found.states), rows[arrived]), by.states[:, arrived])
 
 
 def _all(states: Tensor) -> Tensor:
@@ -116,12 +120,13 @@ def _all(states: Tensor) -> Tensor:
 
 def _joined(parts: list) -> Callable[[float | Tensor], Tensor]:
     """state(t) of the last solve of every sample."""
-    (_, whole), *others = parts
+    (_, _, whole), *others = parts
 
     def state(t: float | Tensor) -> Tensor:
         x = whole(t)
-        for rows, dense in others:
-            x = x.index_put((rows,), dense(t))
+        for rows, arrived, dense in others:
+            if rows.numel():
+                x = x.index_put((rows,), dense(t)[arrived])
         return x
 
     return state

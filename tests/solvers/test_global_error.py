@@ -120,6 +120,24 @@ def test_solves_that_do_not_agree_say_so_and_keep_what_they_have():
     assert s.x.isfinite().all()
 
 
+def test_a_tighter_solve_that_fails_loses_nothing():
+    ode, x = cell(sf.problems.ring, 128)
+    tol = 1e-4
+    truth = sf.solve(ode, sf.Adams(rtol=1e-10, atol=1e-10), x).x
+    solver = sf.Adams(rtol=tol, atol=tol, max_steps=40, dense=True, global_error=True)
+    s = sf.solve(ode, solver, x, save_at=[0.5, VP.t_min], on_failure="return")
+    failed = s.status == sf.Status.MAX_STEPS
+    assert 0 < failed.sum() < 128
+    assert rmse(s.x[failed], truth[failed]) < 0.05 and torch.equal(s.states[-1], s.x)
+    assert torch.allclose(s.at(0.5), s.states[0], atol=1e-12)
+
+
+def test_a_network_without_a_finite_value_fails_as_elsewhere():
+    ode = sf.ProbabilityFlowODE(sf.DataPrediction(lambda x, t: x * math.nan, VP))
+    s = sf.solve(ode, sf.Adams(global_error=True), VP.prior((4, 2)), on_failure="return")
+    assert (s.status == sf.Status.NON_FINITE).all()
+
+
 def test_a_sample_that_fails_leaves_the_others():
     process, x = sf.VP(), VP.prior((16, 2), seed=1, dtype=f64)
     bad = torch.zeros(16, dtype=torch.bool)
