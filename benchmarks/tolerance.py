@@ -6,7 +6,8 @@ control, and its own estimate of them.
 Every exact problem under every process, tolerances 1e-1 … 1e-6 (rtol = atol), float64, 256 samples. A sample's error is RMS over its
 elements, the batch's RMS over its samples. A sample counts as flipped if its error exceeds a quarter of the data's standard
 deviation while the tolerance is below a twentieth: the flow carried it to another mode. The reference is Adams at 1e-10. Then the
-trained digits networks, 32 samples in float32 against 1000 even steps in float64, to 1e-3.
+trained digits networks, 32 samples in float32 against 1000 even steps in float64, to 1e-3. Last the mixture's data, scaled, in the
+default chart and in that of their scale; there tolerances are shares of the scale.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +43,25 @@ def network(target: str) -> list[dict]:
             row |= {f"rmse{key}": rms(s.x - truth), f"evaluations{key}": s.evaluations.double().mean().item()}
         rows.append(row)
     return rows
+
+
+def scaled(ratio: float) -> dict:
+    """The 64-D mixture's data at `ratio` times the default chart's scale: errors over the tolerance, in that chart and in the data's own."""
+    process, problem = sf.VP(t_min=1e-4), PROBLEMS["mixture64"]()
+    mixture, by = problem.mixture, 0.5 * ratio / problem.data_scale
+    data = replace(mixture, means=by * mixture.means, variances=by**2 * mixture.variances)
+    ode = sf.ProbabilityFlowODE(sf.problems.Problem("scaled", data).prediction(process))
+    x = process.prior((128, problem.dim), seed=5, dtype=torch.float64)
+    own = sf.StraightLine(c=0.5 * ratio)
+    truth = sf.solve(ode, sf.Adams(rtol=0.0, atol=0.5e-9 * ratio, chart=own), x).x
+    row: dict = {"ratio": ratio}
+    for tol in (1e-2, 1e-4):
+        for name, chart in (("default", sf.StraightLine()), ("own", own)):
+            s = sf.solve(ode, sf.Adams(rtol=0.0, atol=0.5 * ratio * tol, chart=chart), x)
+            error = (s.x - truth).square().mean(1).sqrt() / (0.5 * ratio * tol)
+            found = {"rmse": rms(error), "median": error.median().item()}
+            row[f"{name} {tol:g}"] = found | {"evaluations": s.evaluations.double().mean().item()}
+    return row
 
 
 def cell(problem, process, samples: int, seed: int) -> list[dict]:
@@ -139,6 +160,12 @@ def main() -> None:
     for target, rows in networks.items():
         for row in rows:
             print(f"network/{target}", *(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
+    scales = [scaled(2.0**k) for k in range(-5, 6)]
+    for row in scales:
+        print(
+            *(f"{k} {v if k == 'ratio' else {a: round(b, 2) for a, b in v.items()}}" for k, v in row.items()),
+            flush=True,
+        )
     record = {
         "samples": args.samples,
         "seed": args.seed,
@@ -146,6 +173,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "sdeflow": sf.__version__},
         "cells": cells,
         "networks": networks,
+        "scales": scales,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

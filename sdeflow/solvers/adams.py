@@ -28,8 +28,8 @@ than those of the next: with 0.1 the fourth step made ten times the error of any
 MANY = 100
 """Tries after which low order means that f is rough."""
 FAR = 8.0
-"""Ratio of the data's scale to the chart's beyond which errors are not those of the tolerance any more: at 7 their median is 1.5 times it, at 14
-3.7 times, at 1/11 2.1 times."""
+"""Ratio of the data's scale to the chart's beyond which errors are not those of the tolerance any more: at 8 their median is 2 to 4 times it, at
+16 7 to 25 times, at 1/32 1.3 to 5 times (`benchmarks/tolerance.py`)."""
 COARSER = 2.5
 """Ratio of the tolerances of the two solves of an error estimate: the second costs 0.7 to 0.95 of the first. Larger ratios lose
 samples that only the looser solve sends to another mode."""
@@ -110,15 +110,21 @@ class Adams(Solver):
         if task.equation.stochastic:
             return integrate_noisy(self, task)
         if self.global_error:
-            return global_error.integrate(self, task)
+            outcome = global_error.integrate(self, task)
+        else:
+            outcome = self.once(task)
+            if self.error_estimate:
+                outcome.error_estimate = self._compare(task, outcome)
+        if self.chart is None:
+            _warn_of_scale(Flow.of(task, None), outcome)
+        return outcome
+
+    def once(self, task: Task, looser: float = 1.0, dense: bool = False) -> Outcome:
+        """One plain solve of a flow, with tolerances so many times as large; `dense` keeps its steps anyway."""
         flow = Flow.of(task, self.chart, one_time=self.coupled)
         stepper = AdamsStepper(flow, self.max_order, self.pece, self.coupled, task.gradients)
-        outcome = drive(flow, task, stepper, self.rtol, self.atol, self.max_steps, self.coupled, self.dense)
-        if self.error_estimate:
-            outcome.error_estimate = self._compare(task, outcome)
-        if self.chart is None:
-            _warn_of_scale(flow, outcome)
-        return outcome
+        rtol, atol = looser * self.rtol, looser * self.atol
+        return drive(flow, task, stepper, rtol, atol, self.max_steps, self.coupled, self.dense or dense)
 
     def _compare(self, task: Task, outcome: Outcome) -> Tensor:
         """The end's error, (batch,), from a second, looser solve: errors are proportional to tolerances.
@@ -126,8 +132,7 @@ class Adams(Solver):
         With tolerances COARSER times as large an error of the same sign is COARSER times as large, and the two ends
         differ by COARSER − 1 errors of the better one.
         """
-        loose = replace(self, rtol=COARSER * self.rtol, atol=COARSER * self.atol, dense=False, error_estimate=False)
-        other = loose.integrate(replace(task, save_at=None, progress=None))
+        other = self.once(replace(task, save_at=None, progress=None), COARSER)
         gap = rms((other.x - outcome.x).detach().flatten(1)) / (COARSER - 1.0)
         return torch.where((outcome.status == 0) & (other.status == 0), gap, torch.nan)
 

@@ -50,8 +50,9 @@ def integrate(solver: Adams, task: Task) -> Outcome:
     flow = Flow.of(task, solver.chart)
     places = _places(flow, task)
     rows = torch.arange(task.batch, device=task.x.device)
-    before = _solved(solver, replace(task, save_at=None, progress=None), FIRST)
-    found = after = _solved(solver, task, SECOND)
+    before = solver.once(replace(task, save_at=None, progress=None), FIRST, dense=True)
+    after = solver.once(task, SECOND, dense=True)
+    found = replace(after)  # a copy: `after` is still to be compared with
     dense = [(rows, rows, after.dense)]
     some, factor, ratio = rows, SECOND, FIRST / SECOND
     found.error_estimate = torch.zeros_like(found.status, dtype=torch.float64)
@@ -67,18 +68,13 @@ def integrate(solver: Adams, task: Task) -> Outcome:
             found.status = found.status.index_put((rows,), torch.full_like(rows, Status.NOT_CONVERGED))
             break
         factor, ratio = TIGHTER * factor, 1.0 / TIGHTER
-        before, after = after, _solved(solver, _part(task, rows), factor)
+        before, after = after, solver.once(_part(task, rows), factor, dense=True)
         arrived = (after.status == Status.SUCCESS).nonzero().flatten()
         dense.append((rows[arrived], arrived, after.dense))
         _replace(found, rows, after, arrived)
     task.counter.restrict(None)
     found.dense = _joined(dense) if solver.dense else None
     return found
-
-
-def _solved(solver: Adams, task: Task, factor: float) -> Outcome:
-    rtol, atol = factor * solver.rtol, factor * solver.atol
-    return replace(solver, rtol=rtol, atol=atol, dense=True, error_estimate=False, global_error=False).integrate(task)
 
 
 def _part(task: Task, rows: Tensor) -> Task:

@@ -41,6 +41,18 @@ def test_the_error_of_a_batch_with_lost_samples_becomes_that_of_the_tolerance(ma
     assert s.error_estimate is not None and s.error_estimate.square().mean().sqrt() < tol
 
 
+def test_the_estimate_is_of_the_last_two_solves_of_every_sample():
+    ode, x = cell(sf.problems.ring, 128)
+    truth = sf.solve(ode, sf.Adams(rtol=1e-10, atol=1e-10), x).x
+    s = sf.solve(ode, sf.Adams(rtol=1e-4, atol=1e-4, global_error=True), x)
+    assert s.error_estimate is not None
+    assert (s.error_estimate > 0).all()
+    more = s.evaluations > s.evaluations.median()
+    for some in (more, ~more):
+        error = (s.x - truth)[some].square().mean().sqrt()
+        assert 1 / 3 < s.error_estimate[some].square().mean().sqrt() / error < 3
+
+
 def test_ends_alone_do_not_show_what_both_solves_have_lost(monkeypatch):
     ode, x = cell(sf.problems.digits, 128)
     truth = sf.solve(ode, sf.Adams(rtol=1e-8, atol=1e-8), x).x

@@ -203,3 +203,19 @@ def test_one_node_leaves_noise_out_and_more_bring_too_much_in(h, errors):
         law = exact_moments(sf.ReverseSDE(problem.prediction(process)), solver, mean, cov, **ends)
         error = law.variance_errors(problem.moments(process, ends["stop"])[1]).mean().item()
         assert abs(error - expected) < 0.01, (predictor, error)
+
+
+@pytest.mark.parametrize(("h", "share"), [(0.15, 0.95), (0.3, 0.85), (0.5, 0.76), (0.7, 0.72)])
+def test_far_from_the_ends_the_share_of_the_slope_depends_on_the_step_alone(h, share, monkeypatch):
+    # the figures in docs/weak.md
+    found, original = [], Linearised.fitted
+    monkeypatch.setattr(Linearised, "fitted", lambda self, *scales: found.append(original(self, *scales)) or found[-1])
+    process, n = sf.EDM(t_min=1e-3, t_max=1e3), round(6.0 / h)
+    times = (-h * torch.arange(-n, n + 1, dtype=F64)).exp()
+    ends = {"start": times[0].item(), "stop": times[-1].item()}
+    problem = sf.problems.gaussian(mean=0.0, std=[0.5])
+    solver = sf.StochasticAdams(grid=times, predictor=2, corrector=1, low=1e-2, high=10.0)
+    equation = sf.ReverseSDE(problem.prediction(process))
+    exact_moments(equation, solver, *problem.moments(process, ends["start"]), **ends)
+    middle = 1.0 + found[0][n - 1 : n + 2]
+    assert np.abs(middle - share).max() < 0.03, middle
