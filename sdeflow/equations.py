@@ -70,7 +70,7 @@ class Equation:
         if calculus not in ("ito", "stratonovich"):
             raise InvalidInput(f'calculus must be "ito" or "stratonovich"; got {calculus!r}')
         self._drift, self._diffusion = drift, diffusion
-        self._flat = False  # whether the functions are written for times (batch,) rather than (batch, 1, ..., 1)
+        self._flat = False  # whether the drift is written for times (batch,) rather than (batch, 1, ..., 1)
         self.noise: Noise = "none" if diffusion is None else noise
         self.start, self.stop, self.calculus = start, stop, calculus
 
@@ -129,7 +129,15 @@ class Equation:
         """
         if self._diffusion is None:
             return x.new_zeros(())
-        value = self._diffusion(as_time(t, x.device) if self._flat else _beside(t, x), x)
+        t = as_time(t, x.device)
+        try:
+            value = self._diffusion(_beside(t, x), x)
+        except (RuntimeError, IndexError):
+            if t.ndim == 0:
+                raise
+            value = None
+        if t.ndim and not _fits(value, x, self.noise):
+            value = self._diffusion(t, x)  # written for times (batch,), as `t[:, None]`
         if isinstance(value, int | float):
             value = x.new_tensor(value)
         if not isinstance(value, Tensor) or not _fits(value, x, self.noise):
@@ -156,7 +164,9 @@ def _beside(t: Time, x: Tensor) -> Tensor:
     return t if t.ndim == 0 else t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _fits(value: Tensor, x: Tensor, noise: Noise) -> bool:
+def _fits(value: object, x: Tensor, noise: Noise) -> bool:
+    if not isinstance(value, Tensor):
+        return isinstance(value, int | float) and noise != "general"
     if noise == "general":
         return value.ndim == 3 and value.shape[:2] == (x.shape[0], x[0].numel())
     return value.ndim <= x.ndim and all(

@@ -91,3 +91,45 @@ def test_a_diffusion_that_does_not_fit_is_refused(value, noise, words):
     equation = sf.Equation(lambda t, x: -x, lambda t, x: value, noise=noise)
     with pytest.raises(sf.InvalidInput, match=words):
         sf.solve(equation, sf.EulerMaruyama(steps=2), torch.ones(4, 2), start=0.0, stop=1.0)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        sf.EulerMaruyama(steps=4),
+        sf.Milstein(steps=4),
+        sf.SRA1(steps=4),
+        sf.SRA1(rtol=1e-2, atol=1e-2),
+        sf.GottaGoFast(),
+        sf.TorchSDE("srk", steps=4),
+    ],
+)
+def test_one_amplitude_an_element_broadcasts_like_any_tensor(solver, batch):
+    """Amplitudes (2,) belong to the elements, also where the batch has as many samples."""
+    x, g = torch.zeros(batch, 2, dtype=torch.float64), torch.tensor([0.1, 1.0], dtype=torch.float64)
+    equations = [
+        sf.Equation(lambda t, x: -x, diffusion, noise="additive", start=0.0, stop=1.0)
+        for diffusion in (lambda t, x: g, lambda t, x: g.expand_as(x))
+    ]
+    short, full = (sf.solve(e, solver, x, seed=0).x for e in equations)
+    assert torch.equal(short, full)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_diffusion_with_t_in_it_is_right_where_every_sample_has_its_own_time(batch):
+    x = torch.zeros(batch, 2, dtype=torch.float64)
+    ends = [
+        sf.solve(
+            sf.Equation(lambda t, x: -x, diffusion, noise="additive", start=0.0, stop=1.0),
+            sf.SRA1(rtol=1e-2, atol=1e-2),
+            x,
+            seed=0,
+        ).x
+        for diffusion in (
+            lambda t, x: 1.0 + torch.cos(t),
+            lambda t, x: 1.0 + torch.cos(t if t.ndim == 0 else t[:, None]),
+            lambda t, x: (1.0 + torch.cos(t)) * torch.ones_like(x),
+        )
+    ]
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])

@@ -66,7 +66,6 @@ class Clock(Flow):
         g = self.equation.diffusion(self.t(u), shaped).to(z.dtype)
         if self.equation.noise == "general":
             return g
-        g = expand(g, shaped) if g.ndim < 2 else g  # one amplitude a sample, as a function of t alone gives
         return g.broadcast_to(shaped.shape).flatten(1)
 
     @property
