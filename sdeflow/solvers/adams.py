@@ -15,7 +15,7 @@ from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
 from sdeflow.solvers import global_error
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
-from sdeflow.solvers.control import Attempt, Flow, News, Trace, check_tolerances, drive, rms
+from sdeflow.solvers.control import Attempt, Flow, News, Stepper, Trace, check_tolerances, drive, rms
 from sdeflow.solvers.stochastic_adams_stepper import Control, check_control, integrate_noisy
 
 MAX_ORDER = 12
@@ -233,7 +233,7 @@ def _wrap(index: Tensor, n: int) -> Tensor:
     return index.add_((index < 0) * n)
 
 
-class AdamsStepper:
+class AdamsStepper(Stepper):
     """The history of every sample, as a ring of slots, and the choice of order."""
 
     stretch = 1.2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdeflow.charts import Chart
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task
-from sdeflow.solvers.control import Attempt, Flow, Trace, check_tolerances, drive, rms
+from sdeflow.solvers.control import Attempt, Flow, Stepper, Trace, check_tolerances, drive, rms
 from sdeflow.solvers.tableaux import DOPRI5, TSIT5, Tableau
 
 SAFETY = 0.9
@@ -109,7 +109,7 @@ def middle(tableau: Tableau) -> tuple[float, ...]:
     return tuple(found.tolist())
 
 
-class PairStepper:
+class PairStepper(Stepper):
     """Stages of one step for all samples, and the PI controller's memory."""
 
     def __init__(self, flow: Flow, tableau: Tableau, embedded: tuple[float, ...]):

@@ -26,8 +26,6 @@ from sdeflow.solution import Status
 from sdeflow.solvers.base import Outcome, Task
 
 FIRST = 0.35
-STRETCH = 1.05
-"""A step may be lengthened this much to land, so that no sliver is left over, unless the stepper has a `stretch` of its own."""
 TRIES = 12
 """Times in a row that a sample's evaluation may be non-finite, its step quartered each time, before it fails."""
 
@@ -161,6 +159,13 @@ News = tuple[Tensor, Callable[[list[int]], None]]
 
 class Stepper(Protocol):
     """A method under `drive`. Its tensors hold the samples still under way, in the order of `drive`'s own."""
+
+    stretch: float = 1.05
+    """A step may be lengthened this much to land, so that no sliver is left over."""
+
+    def longest(self, u: Tensor) -> Tensor | None:
+        """The longest steps from u, (n,), over which the method can be taken to see what happens; None for any."""
+        return None
 
     def begin(self, u: Tensor, z: Tensor, f: Tensor) -> None:
         """The first evaluation f (n, d) at u (n,), z (n, d)."""
@@ -317,7 +322,7 @@ class _Run:
         order: int,
     ):
         self.trace, self.order = trace, order
-        self.stretch = getattr(stepper, "stretch", STRETCH)
+        self.stretch = stepper.stretch
         self.flow, self.task, self.stepper = flow, task, stepper
         self.rtol, self.atol, self.coupled = rtol, atol, coupled
         device, n = task.x.device, task.batch
@@ -381,6 +386,8 @@ class _Run:
         self.turn += 1
         goal = self.targets[-1] if self.single else self.targets[now.target]
         left = (goal - now.u).mul_(self.sign)
+        limit = self.stepper.longest(now.u)
+        now.h = now.h if limit is None else now.h.minimum(limit)
         land = now.h * self.stretch >= left
         # two equal steps to the goal rather than a long one and a sliver
         # cut to float32's digits: estimates differ in their last ones with the batch's shape, and a Brownian path by √|Δu| at an end Δu off

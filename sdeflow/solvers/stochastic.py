@@ -21,7 +21,7 @@ from sdeflow.processes import expand
 from sdeflow.solution import Status
 from sdeflow.solvers import stochastic_tableaux as tableaux
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge, output_nodes
-from sdeflow.solvers.control import Attempt, Trace, check_tolerances, drive, rms
+from sdeflow.solvers.control import Attempt, Stepper, Trace, check_tolerances, drive, rms
 from sdeflow.solvers.stochastic_clocks import Clock, UnitNoise
 from sdeflow.solvers.stochastic_tableaux import AdditiveTableau
 
@@ -149,7 +149,7 @@ def path_of(task: Task) -> BrownianPath:
     return path
 
 
-class NoDense:
+class NoDense(Stepper):
     """A stepper whose states between steps cannot be had: there the path is rough, and no polynomial follows it."""
 
     def payload(self) -> tuple[Tensor, ...]:
@@ -168,8 +168,10 @@ class PathStepper(NoDense):
 
     def __init__(self, solver: PathSolver, clock: Clock, path: BrownianPath):
         self.solver, self.clock, self.path = solver, clock, path
-        ends = clock.u(torch.tensor([clock.start, clock.stop], dtype=torch.float64))
-        self.span = clock.pace(ends).diff().abs().item()
+        self.span = abs(clock.ends[1] - clock.ends[0])
+
+    def longest(self, u: Tensor) -> Tensor | None:
+        return self.clock.longest(u)
 
     def begin(self, u: Tensor, z: Tensor, f: Tensor) -> None:
         self.previous = torch.ones_like(u)

@@ -15,7 +15,9 @@ stochastic localisation, dv = D ds + dB_s in s = (α/σ)²; the finite c keeps t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ WIDE = 1.5
 """The longest axes of data of scale c, over c: an error made early grows by the square of that as against data without such axes."""
 LEAST = 0.01
 """Of an early error no less than this is taken to remain at the end."""
+STRIDE = 1.75
+"""Longest step in units of `pace`, which are those of λ: a Gaussian's transition, 10 to 90 % of it, takes 2.2, the choice of a mode less. Two stages
+on either side of one see nothing of it."""
 SMALL = 0.25
 """Of the state's standard deviation, what an error that is to be forgotten may be: a network says nothing of states far from its data."""
 
@@ -85,6 +90,24 @@ class Clock(Flow):
             return u
         alpha, sigma = process.coefficients(self.t(u))[:2]
         return (sigma / (alpha + sigma / (10.0 * self.scale)) / (0.01 * self.scale)).asinh()
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """`pace` at the start and the stop."""
+        first, last = (self.pace(self.u(torch.tensor(t, dtype=torch.float64))).item() for t in (self.start, self.stop))
+        return first, last
+
+    def longest(self, u: Tensor) -> Tensor | None:
+        """The step from u, (n,), over which `pace` changes by STRIDE; None where nothing is known of the data."""
+        process = self.equation.process
+        if not self.known or process is None:
+            return None
+        first, last = self.ends
+        there = self.pace(u) + math.copysign(STRIDE, last - first)
+        capped = 0.01 * self.scale * there.clamp(min(first, last), max(first, last)).sinh()
+        rho = capped / (1.0 - capped / (10.0 * self.scale)).clamp_min(0.0)
+        t = process.time_of_rho(rho).clamp(min(self.start, self.stop), max(self.start, self.stop))
+        return (self.u(t) - u).abs()
 
     def units(self, t: Tensor) -> Tensor:
         """z/x at t."""

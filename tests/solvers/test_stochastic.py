@@ -273,6 +273,18 @@ def test_the_exponential_scheme_keeps_the_tolerance_within_a_factor_5(
     assert all(0.2 < share < 5.0 for share in found), found
 
 
+@pytest.mark.parametrize("eta", [0.1, 0.4])
+@pytest.mark.parametrize("process", [VP, sf.EDM()], ids=["vp", "edm"])
+def test_steps_do_not_pass_over_the_choice_of_a_mode(process: sf.Process, eta: float):
+    # two stages on either side of it see nothing: one step for the whole solve was accepted, 20 to 110 times the tolerance off
+    make = lambda a: sf.ExponentialShARK(c=0.7, rtol=0.0, atol=a)  # noqa: E731
+    x = process.prior((64, 2), seed=5, dtype=F64)
+    equation = sf.ReverseSDE(sf.problems.ring().prediction(process), eta=eta)
+    # without those beside a border, as above
+    found = shares(equation, make, sf.ExponentialShARK(c=0.7, steps=600), x, tolerances=TOLERANCES[:3], without=3)
+    assert all(share < 2.0 for share in found), found
+
+
 @pytest.mark.parametrize("name", ["SRA1", "ShARK"])
 def test_a_chart_whose_drift_is_stiff_at_the_start_keeps_the_tolerance(name: str):
     chart = sf.Trigonometric(0.6)
