@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from torch import Tensor
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
 from sdeflow.measure.statistics import Estimate
+from sdeflow.networks import Checkpointed, Conditioned
+from sdeflow.predictions import Prediction
 from sdeflow.problems import ExactNetwork, Problem
 from sdeflow.processes import Process
 from sdeflow.solvers.base import Solver
@@ -154,7 +158,8 @@ def run_key(
 
 
 def describe(value: Any) -> Any:
-    """An object as JSON: dataclasses by type and fields, tensors by their numbers or their digest, anything else by its repr."""
+    """An object as JSON: dataclasses by type and fields, tensors by their numbers or their digest, predictions and networks by what they
+    are made of, functions by name and code, anything else by its repr."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -168,6 +173,14 @@ def describe(value: Any) -> Any:
         return [describe(v) for v in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__name__} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Process):
+        return describe_process(value)
+    if isinstance(value, Prediction):
+        return describe_prediction(value)
+    if isinstance(value, ExactNetwork | torch.nn.Module):
+        return describe_network(value)
+    if isinstance(value, FunctionType):
+        return f"{value.__name__}:{_written(value)}"
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
     return {"type": type(value).__name__, "repr": repr(value)}
@@ -197,19 +210,76 @@ def describe_process(process: Process | None) -> Any:
 
 
 def describe_equation(equation: Equation) -> dict[str, Any]:
-    """An equation by type, η, and the prediction and network it asks; a module's network by its parameters."""
+    """An equation by type, η, and the prediction and network it asks."""
     described: dict[str, Any] = {"type": type(equation).__name__, "noise": equation.noise}
     if equation.process is not None:
         described["eta"] = float(equation.eta)
-    if equation.predict is not None:
-        network = equation.predict.network
-        described["prediction"] = type(equation.predict).__name__
-        described["network"] = getattr(network, "__name__", type(network).__name__)
-        if isinstance(network, ExactNetwork):
-            described["truth"] = describe_problem(network.problem)["digest"]
-        elif isinstance(network, torch.nn.Module):
-            described["parameters"] = digest(*network.state_dict().values())
+    return described if equation.predict is None else described | describe_prediction(equation.predict)
+
+
+def describe_prediction(predict: Prediction) -> dict[str, Any]:
+    """A prediction by type, network and settings: what guidance is made of and its scales, hooks, conditions."""
+    exact = isinstance(predict.network, ExactNetwork)
+    settings = {
+        name: describe(value)
+        for name, value in vars(predict).items()
+        # an exact network computes in float64 unless told otherwise; names with _ follow from the others
+        if not (name in ("network", "process", "like") or name[0] == "_" or value is None)
+        and not (exact and value is torch.float64)
+    }
+    described = {"prediction": type(predict).__name__} | describe_network(predict.network)
+    return described | {"settings": settings} if settings else described
+
+
+def describe_network(network: Any) -> dict[str, Any]:
+    """A network by name and what tells it from others: its truth, a module's parameters, a function's code."""
+    described: dict[str, Any] = {"network": getattr(network, "__name__", type(network).__name__)}
+    if isinstance(network, ExactNetwork):
+        described["truth"] = describe_problem(network.problem)["digest"]
+    elif isinstance(network, torch.nn.Module):
+        described["parameters"] = digest(*network.state_dict().values())
+    elif isinstance(network, FunctionType):
+        described["code"] = _written(network)
+    if isinstance(network, Conditioned | Checkpointed):
+        described["of"] = describe_network(network.network)
+    if isinstance(network, Conditioned):
+        described["conditions"] = describe(network.conditions)
     return described
+
+
+def _written(function: FunctionType, within: tuple[FunctionType, ...] = ()) -> str:
+    """12 hexadecimal digits of a function's code, of its defaults, of what it closes over and of the globals it names."""
+
+    def code(of: CodeType) -> list[Any]:
+        consts = [code(c) if isinstance(c, CodeType) else _ordered(c) for c in of.co_consts]
+        return [of.co_code.hex(), consts, of.co_names]
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, FunctionType):
+            return value.__name__ if value in (*within, function) else _written(value, (*within, function))
+        if isinstance(value, list | tuple):
+            return [seen(v) for v in value]
+        if isinstance(value, Mapping):
+            return {str(k): seen(v) for k, v in value.items()}
+        if isinstance(value, ModuleType | type):
+            return value.__name__
+        described = describe(value)
+        # an address would be another one in the next process
+        return type(value).__name__ if isinstance(described, dict) and " at 0x" in str(described) else described
+
+    names = function.__code__.co_names
+    parts = [
+        code(function.__code__),
+        seen(function.__defaults__),
+        seen(inspect.getclosurevars(function).nonlocals),
+        seen({name: function.__globals__[name] for name in names if name in function.__globals__}),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _ordered(constant: object) -> str:
+    # a set's own order is another one in the next process
+    return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
 
 def _steps(values: Tensor) -> Tensor:

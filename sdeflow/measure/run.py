@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
+from sdeflow.guidance import Guided
 from sdeflow.measure.errors import (
     energy_distance,
     energy_distance_estimate,
@@ -292,19 +293,21 @@ def _resolve(
     return float(start), float(stop), initial
 
 
-# by settings; with the network, which is kept alive so that its id names it alone
+# by settings; with the prediction, which is kept alive so that its id names it alone
 _TRUTHS: OrderedDict[str, tuple[object, Truth]] = OrderedDict()
 
 
 def _kept(problem, process, equation, samples, seed, start, stop, initial, dtype, device) -> Truth:
     """The truth of these settings, from the last few made: a reference costs more than the runs it serves."""
-    network = None if equation.predict is None else equation.predict.network
-    own = None if network is None or isinstance(network, ExactNetwork) else id(network)
+    predict = equation.predict
+    # of an exact network and nothing around it the description says all
+    known = predict is None or (isinstance(predict.network, ExactNetwork) and not isinstance(predict, Guided))
+    own = None if known else id(predict)
     parts = (describe_problem(problem), describe_process(process), describe_equation(equation), own)
     name = repr((parts, samples, seed, start, stop, initial, dtype, torch.device(device)))
     if name not in _TRUTHS:
         truth = prepare(problem, process, equation, samples, seed, start, stop, initial, dtype, device)
-        _TRUTHS[name] = (network, truth)
+        _TRUTHS[name] = (predict, truth)
         while len(_TRUTHS) > 4:
             _TRUTHS.popitem(last=False)
     return _TRUTHS[name][1]
