@@ -137,6 +137,23 @@ class Solver(ABC):
             )
 
 
+def need_less_noise(task: Task) -> None:
+    """Refuse a stochastic diffusion equation solved from data to noise, for methods whose noise is that of the way down.
+
+    Raises:
+        InvalidInput: there is noise, and σ/α does not fall.
+    """
+    process = task.equation.process
+    if process is None or not task.equation.stochastic:
+        return
+    if not bool(process.half_log_snr(task.stop) > process.half_log_snr(task.start)):
+        raise InvalidInput(
+            f"this solver's noise is that of a reverse SDE on its way from noise to data, and this solve goes from t={task.start} "
+            f"to {task.stop}, towards noise; write sf.solve(sf.ForwardSDE(process), sf.ShARK(steps=...), x) to add noise to data, or "
+            "take sf.ShARK, which follows a reverse SDE either way"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FixedStep(Solver):
     """A method on a grid fixed beforehand, the same for all samples.

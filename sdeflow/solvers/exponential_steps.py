@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdeflow.errors import InvalidInput
 from sdeflow.processes import Process
-from sdeflow.solvers.base import Task
+from sdeflow.solvers.base import Task, need_less_noise
 from sdeflow.solvers.exponential_weights import (
     FLOW,
     Array,
@@ -76,6 +76,7 @@ def points_of(task: Task, times: Tensor, denoise: bool) -> Points:
     """The nodes, with the clean data behind them if asked for."""
     process = task.equation.process
     assert process is not None
+    need_less_noise(task)
     points = Points.at(process, times)
     if points.sigma[0] <= 0.0:
         raise InvalidInput(

@@ -21,7 +21,7 @@ from sdeflow.brownian import BrownianPath
 from sdeflow.charts import StraightLine, Trigonometric
 from sdeflow.errors import InvalidInput
 from sdeflow.processes import expand
-from sdeflow.solvers.base import Outcome, Task
+from sdeflow.solvers.base import Outcome, Task, need_less_noise
 from sdeflow.solvers.control import Attempt, Flow, drive, rms
 from sdeflow.solvers.exponential_weights import gauss
 from sdeflow.solvers.stochastic import NoDense, path_of
@@ -69,6 +69,7 @@ class DataFlow(Flow):
             raise InvalidInput(
                 f"Adams with noise works in a trigonometric chart; got chart={chart!r}. Write chart=sf.Trigonometric(c) or leave it out"
             )
+        need_less_noise(task)
         c = 0.5 if chart is None else chart.c
         bound = Trigonometric(c).bind(equation.process)
         return DataFlow(

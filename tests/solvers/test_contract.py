@@ -150,6 +150,15 @@ def test_a_sample_depends_on_its_own_seed_alone(name):
     assert not torch.equal(other[2], together[2]) and torch.equal(other[:2], together[:2])
 
 
+@pytest.mark.parametrize("name", [*NOISY, "adams"])
+def test_noise_is_not_left_out_on_the_way_up(name):
+    """From data to noise q = e^{−∫η²dλ} is above 1 and the variance σ²(1 − q²) of the steps' noise would be cut to 0."""
+    solver, eta = (NOISY[name](20), NOISY[name].eta) if name in NOISY else (sf.Adams(rtol=1e-2, atol=1e-2), 1.0)
+    x = GAUSSIAN.sample(4, dtype=F64)
+    with pytest.raises(sf.InvalidInput, match="towards noise|loops restart"):
+        sf.solve(sf.ReverseSDE(GAUSSIAN.prediction(VP), eta=eta), solver, x, start=0.3, stop=0.6)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_in_between_are_nodes_and_the_last_is_the_end(name):
     case = CASES[name]
