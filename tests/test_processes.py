@@ -138,6 +138,11 @@ def test_prior_and_its_density():
     [
         (lambda: sf.VP(t_min=1.0, t_max=0.5), "t_min < t_max"),
         (lambda: sf.VP(beta_min=-1.0), "beta_min"),
+        (lambda: sf.Process(torch.cos, torch.sin, 0.01, 2.2), r"alpha\(1.57.* t_max=1.56"),
+        (lambda: sf.Process(lambda t: -torch.cos(t), torch.sin, 0.01, 1.0), "not negative.*alpha.*no such time"),
+        (lambda: sf.Process(torch.cos, lambda t: (t - 0.2).sqrt(), 0.01, 1.0), "finite.*sigma.*t_min=0.2"),
+        (lambda: sf.Process(lambda t: torch.ones(3), torch.sin, 0.01, 1.0), r"alpha must return.*\(3,\)"),
+        (lambda: sf.Process(lambda t: torch.cos(t) - 0.1 * t.detach(), torch.sin, 0.01, 1.0), "autograd's derivative"),
         (lambda: sf.Process(lambda t: t, lambda t: 1 - t, 0.1, 0.9), "grow with t"),
         (lambda: sf.DiscreteVP([0.1, 0.5, 0.9, 0.95]), "decreasing"),
         (lambda: sf.RectifiedFlow(t_max=2.0), "0 ≤ t ≤ 1"),

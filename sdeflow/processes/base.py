@@ -70,6 +70,8 @@ class Process:
         times = torch.linspace(self.t_min, self.t_max, 257, dtype=torch.float64)
         for name, function in (("alpha", alpha), ("sigma", sigma)):
             _check_differentiable(name, function, times)
+        for name, value in (("alpha", self.alpha(times)), ("sigma", self.sigma(times))):
+            _check_range(name, value, times)
         share = self._noise_share(times)
         if not bool((share.diff() > 0).all()):
             raise InvalidInput(
@@ -237,12 +239,49 @@ def _check_differentiable(name: str, function: Callable[[Tensor], Tensor | float
                 f"{name} must be a function of a float64 tensor of times, written with torch's functions; it raised "
                 f"{type(error).__name__}: {error}. Write e.g. {name}=lambda t: torch.cos(t)"
             ) from error
+    if isinstance(value, Tensor) and value.shape not in ((), times.shape):
+        raise InvalidInput(
+            f"{name} must return a number or one value for each time; for times of shape {tuple(times.shape)} it returned shape "
+            f"{tuple(value.shape)}"
+        )
     if isinstance(value, Tensor) and value.requires_grad:
+        _check_slope(name, function, times)
         return
     if bool((torch.as_tensor(value, dtype=times.dtype).expand(times.shape).diff() != 0).any()):
         raise InvalidInput(
             f"{name}(t) changes with t but autograd cannot follow it, so that its derivative would be 0; write it with "
             f"torch's functions of t, e.g. {name}=lambda t: torch.cos(t)"
+        )
+
+
+def _check_range(name: str, value: Tensor, times: Tensor) -> None:
+    good = value.isfinite() & (value >= 0.0)
+    if bool(good.all()):
+        return
+    bad = (~good).nonzero()[0, 0]
+    hint = "there is no such time here"
+    if bool(good.any()):
+        first = int(good.nonzero()[0, 0])
+        after = (~good[first:]).nonzero()
+        last = first + int(after[0, 0]) - 1 if after.numel() else len(times) - 1
+        hint = f"write t_min={times[first].item():.4g}, t_max={times[last].item():.4g}"
+    raise InvalidInput(
+        f"α and σ must be finite and not negative on [t_min, t_max], but {name}({times[bad].item():.4g}) = {value[bad].item():.4g}; {hint}"
+    )
+
+
+def _check_slope(name: str, function: Callable[[Tensor], Tensor | float], times: Tensor) -> None:
+    """Refuse a function of which autograd follows a part only: compared with differences at most times, kinks aside."""
+    h = 1e-3 * (times[-1] - times[0])
+    inner = times[2:-2:4] + 0.37 * h
+    low, high, middle = (torch.as_tensor(function(t)).double().expand(t.shape) for t in (inner - h, inner + h, inner))
+    seen, told = (high - low) / (2.0 * h), _derivative(lambda t: torch.as_tensor(function(t)), inner).double()
+    off = (seen - told).abs() > 0.02 * (seen.abs() + told.abs()) + 1e-3 * middle.abs().max() / (times[-1] - times[0])
+    if bool(off.double().mean() > 0.5):
+        t, a, b = (v[off][0].item() for v in (inner, seen, told))
+        raise InvalidInput(
+            f"autograd's derivative of {name} is {b:g} at t={t:g}, where {name} changes at the rate {a:g}: it cannot follow all of it. "
+            f"Write {name} with torch's functions of t throughout, without detach, rounding or numpy"
         )
 
 
