@@ -15,7 +15,7 @@ from torch import Tensor
 from sdeflow import counting
 from sdeflow.charts import BoundChart, Chart, PlainTime
 from sdeflow.errors import InvalidInput, finite
-from sdeflow.predictions import Prediction
+from sdeflow.predictions import Prediction, version_of
 from sdeflow.processes import Process, Time, as_time, expand
 
 Noise = Literal["none", "additive", "diagonal", "scalar", "general"]
@@ -87,10 +87,11 @@ class Equation:
         counted.
 
         Raises:
-            InvalidInput: the function returned another shape than x's.
+            InvalidInput: the function returned another shape than x's, or changed x or t in place.
         """
-        calls = counting.before()
-        value = self._called(t, x)
+        calls, t = counting.before(), as_time(t, x.device)
+        versions = version_of(x), version_of(t)
+        value = self._called(t, x.clone() if x.is_inference() else x)
         if not isinstance(value, Tensor) or value.shape != x.shape:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise InvalidInput(
@@ -101,8 +102,13 @@ class Equation:
             raise InvalidInput(
                 f"drift(t, x) returned {value.dtype}, expected floating numbers; write lambda t, x: drift(t, x).to(x.dtype)"
             )
+        if (version_of(x), version_of(t)) != versions:
+            raise InvalidInput(
+                "drift(t, x) changed its input in place, which is the solver's own; write "
+                "lambda t, x: drift(t.clone(), x.clone())"
+            )
         counting.after(calls, x.shape[0])
-        return value.to(x.dtype)
+        return value.to(x.dtype, copy=True)  # a drift may write its next value where it wrote this one
 
     def _called(self, t: Time, x: Tensor) -> Tensor:
         """The user's drift; one written for times (batch,), as `t[:, None] * x`, is found out at its first call."""

@@ -112,7 +112,8 @@ class ClassifierFree(Guided):
         if inside is False or (isinstance(self.scale, float) and self.scale == 1.0):
             return self._output(self.conditional, x, t)
         if self._joint is None:
-            null, given = self._output(self.unconditional, x, t), self._output(self.conditional, x, t)
+            # a network may write its second output where it wrote its first
+            null, given = self._output(self.unconditional, x, t).clone(), self._output(self.conditional, x, t)
         else:
             both = t if t.ndim == 0 else torch.cat([t, t])
             null, given = self._output(self._joint, torch.cat([x, x]), both).chunk(2)

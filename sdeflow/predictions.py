@@ -8,6 +8,7 @@ each from one network call, without cancelling detours through another target.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ class Prediction(ABC):
     evaluation a sample.
 
     Raises:
-        InvalidInput: the network returns something else than one tensor shaped as x.
+        InvalidInput: the network returns something else than one tensor shaped as x, or changes its input in place.
     """
 
     def __init__(
@@ -89,12 +90,7 @@ class Prediction(ABC):
         dtype = self._compute_dtype(x)
         if network_time.is_floating_point():
             network_time = network_time.to(dtype if dtype.itemsize >= 4 else torch.float32)
-        calls = counting.before()
-        output = self.network(x.to(dtype), network_time)
-        counting.after(calls, x.shape[0])
-        if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
-            raise InvalidInput(_bad_output(output, x))
-        return output.to(x.dtype)
+        return _run(self.network, x, x.to(dtype), network_time).to(x.dtype)
 
     def caller(self, x: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """`call` for states like x and times already in `time_dtype`, with all that never changes looked up once."""
@@ -103,11 +99,7 @@ class Prediction(ABC):
         network, inner, outer = self.network, self._compute_dtype(x), x.dtype
 
         def call(x: Tensor, network_time: Tensor) -> Tensor:
-            calls = counting.before()
-            output = network(x if inner is outer else x.to(inner), network_time)
-            counting.after(calls, x.shape[0])
-            if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
-                raise InvalidInput(_bad_output(output, x))
+            output = _run(network, x, x if inner is outer else x.to(inner), network_time)
             return output if output.dtype is outer else output.to(outer)
 
         return call
@@ -263,6 +255,36 @@ def _sample_times(t: Time, x: Tensor) -> Tensor:
             f"t must be a number, a 0-d tensor or one value a sample, ({x.shape[0]},); got shape {tuple(t.shape)}"
         )
     return t.flatten()
+
+
+def _run(network: Network, x: Tensor, given: Tensor, t: Tensor) -> Tensor:
+    """network(given, t), counted and checked; `given` is the state x in the network's dtype."""
+    calls = counting.before()
+    if given.is_inference():  # changes of these cannot be seen
+        given = given.clone()
+    x_version, t_version = version_of(given), version_of(t)
+    output = network(given, t)
+    counting.after(calls, x.shape[0])
+    if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
+        raise InvalidInput(_bad_output(output, x))
+    if version_of(given) != x_version or version_of(t) != t_version:
+        changed = "x" if version_of(given) != x_version else "t"
+        raise InvalidInput(
+            f"the network changed its input {changed} in place, which is the solver's own; write "
+            "lambda x, t: network(x.clone(), t.clone())"
+        )
+    if given.requires_grad and not output.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "the network's output carries no gradient to its input, so gradients and likelihoods leave the network out; "
+            "let it run without torch.no_grad, torch.inference_mode and detach",
+            stacklevel=2,
+        )
+    return output
+
+
+def version_of(x: Tensor) -> int:
+    """How often x was changed in place; tensors of inference mode do not say."""
+    return 0 if x.is_inference() else x._version
 
 
 def _bad_output(output: Any, x: Tensor) -> str:

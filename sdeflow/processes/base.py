@@ -230,7 +230,7 @@ def check_interval(t_min: float, t_max: float) -> None:
 
 def _check_differentiable(name: str, function: Callable[[Tensor], Tensor | float], times: Tensor) -> None:
     """Refuse a function that autograd cannot follow (numpy's, math's): its derivative would silently be 0."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         leaf = times.clone().requires_grad_(True)
         try:
             value = function(leaf)
@@ -286,8 +286,13 @@ def _check_slope(name: str, function: Callable[[Tensor], Tensor | float], times:
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    try:
+        leaf = None if torch.is_inference_mode_enabled() else t.detach().requires_grad_(True)
+    except RuntimeError:  # t is of inference mode, or a transform of torch.func is under way
+        leaf = None
+    if leaf is None:  # where autograd cannot record torch.func still can, at four times the price
+        return torch.func.grad(lambda t: function(t).sum())(t.detach())
     with torch.enable_grad():
-        leaf = t.detach().requires_grad_(True)
         value = function(leaf)
         if not value.requires_grad:
             return torch.zeros_like(t)

@@ -112,7 +112,7 @@ def noise_of(log_phi: Callable[[Tensor], Tensor]) -> Strength:
         return np.where(ends, (log_phi(log_rho.exp()) - log_rho).numpy(), np.where(lam > 0, 0.0, np.inf))
 
     def growth(lam: Array) -> Array:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             log_rho = torch.from_numpy(-lam).requires_grad_(True)
             (slope,) = torch.autograd.grad(log_phi(log_rho.exp()).sum(), log_rho)
         return slope.numpy()

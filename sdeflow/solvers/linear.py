@@ -256,7 +256,11 @@ class LinearMethod(FixedStep):
             if at is not None:
                 output = calls.call(x if calls.scales is None else x * calls.scales[at], calls.rows[at])
                 ratio = ratios[at]
-                memory.append(output if ratio == 0.0 else torch.add(output, x, alpha=ratio))
+                if ratio:
+                    output = torch.add(output, x, alpha=ratio)
+                elif memory.maxlen != 1:  # a network may write its next output where it wrote this one
+                    output = output.clone()
+                memory.append(output)
             x = state.anchor * scale  # type: ignore[operator]  # the first stage of a solve sets the anchor
             for place, weight in terms:
                 x.add_(memory[place], alpha=weight)
