@@ -360,7 +360,7 @@ class AdamsStepper(Stepper):
             error = torch.stack([error[0], error[1], guess])
             possible = possible | (young & (near == k + 1))
             possible = possible & ~(young & (k == 1) & (near == 1))
-            power = power.clamp_min(3.0)
+            power = torch.where(self.young, power.clamp_min(3.0), power)
         factor = error.clamp_min(1e-30).pow_(power.reciprocal_().neg_()).mul_(SAFETY)
         # the order rises after accepted steps alone
         possible[2] &= error[1] <= 1.0

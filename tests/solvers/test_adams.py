@@ -131,6 +131,16 @@ def test_a_batch_of_one_gives_what_a_large_batch_gives():
         assert alone.evaluations[0] == whole.evaluations[i]
 
 
+def test_samples_past_their_start_do_not_heed_those_still_in_it():
+    """Samples end their start-up, in which every step raises the order, at different steps."""
+    points = 2.0 * torch.randn(6, 2, dtype=f64, generator=torch.Generator().manual_seed(0))
+    predict = sf.problems.from_points(points, std=0.15).prediction(sf.VP())
+    x, solver = sf.VP().prior((12, 2), seed=0, dtype=f64), sf.Adams(rtol=0.1, atol=0.1)
+    whole = sf.solve(sf.ProbabilityFlowODE(predict), solver, x).x
+    alone = torch.cat([sf.solve(sf.ProbabilityFlowODE(predict), solver, x[i : i + 1]).x for i in range(12)])
+    assert (whole - alone).abs().max() < 1e-12
+
+
 def test_counts_add_up_and_finished_samples_leave():
     process = sf.VP()
     problem = sf.problems.ring()
