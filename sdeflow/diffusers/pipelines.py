@@ -30,7 +30,7 @@ class Loaded:
     """A pipeline taken apart; unpacks as (process, prediction, decode).
 
     Attributes:
-        process: `DiscreteVP` of the scheduler's table (t is the timestep), or `RectifiedFlow` (t is σ; timestep 1000 t).
+        process: `DiscreteVP` of the scheduler's table (t is the timestep), or `RectifiedFlow` (t is σ, the timestep over their number).
         prediction: the network, conditions and guidance inside.
         decode: state at the data end (batch, *event) → images (batch, channels, height, width) in [0, 1].
         event: shape of one sample's state.
@@ -107,7 +107,8 @@ def from_pipeline(
         negative_prompt: likewise; the empty text by default.
         class_labels: the class of all samples, or one a sample.
         null_label: the class that means "none", for guidance; known for DiT.
-        guidance_scale: classifier-free guidance out_u + scale·(out_c − out_u); 1 is none, as in diffusers.
+        guidance_scale: classifier-free guidance out_u + scale·(out_c − out_u); 1 or less is none, as in diffusers. Networks that
+            take the number themselves (Flux, latent consistency models) are given it.
         guidance_rescale: see `ClassifierFree`.
         height, width: of the image in pixels; default: the pipeline's.
         batched: evaluate both halves of the guidance in one call.
@@ -126,11 +127,11 @@ def from_pipeline(
             f"{type(pipe).__name__} takes no prompt; write from_pipeline(pipe, class_labels=3), or neither"
         )
     process, target = process_of(pipe.scheduler, flow=family.flow), target_of(pipe.scheduler, flow=family.flow)
-    guided = guidance_scale > 1.0 and not family.distilled
+    guided = guidance_scale > 1.0 and not (family.distilled or _embeds_guidance(pipe))
     request = Request(prompt, negative_prompt, class_labels, null_label, guided, guidance_scale, height, width)
     with torch.no_grad():
         parts = family.take(pipe, request)
-    time = (lambda t: 1000.0 * t) if family.flow else None
+    time = network_time(pipe.scheduler)
     prediction: Prediction = target(Conditioned(parts.network, **parts.given), process, time)
     if guided:
         if parts.null is None:
@@ -154,14 +155,13 @@ def process_of(scheduler: Any, flow: bool | None = None) -> Process:
         InvalidInput: the scheduler is of the other sort, or says nothing of a process.
     """
     name = type(scheduler).__name__
-    is_flow = "FlowMatch" in name or scheduler.config.get("prediction_type") == "flow_prediction"
-    if flow is not None and flow != is_flow:
+    if flow is not None and flow != is_flow(scheduler):
         wanted = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
         raise InvalidInput(
             f"the pipeline's network is {'a flow-matching' if flow else 'no flow-matching'} network, its scheduler a "
             f"{name}; write pipe.scheduler = {wanted}.from_pretrained(<model>, subfolder='scheduler')"
         )
-    if is_flow:
+    if is_flow(scheduler):
         if scheduler.config.get("invert_sigmas"):
             raise InvalidInput("a scheduler with invert_sigmas=True runs time the other way, which is not supported")
         return RectifiedFlow(t_min=1e-4)
@@ -172,6 +172,19 @@ def process_of(scheduler: Any, flow: bool | None = None) -> Process:
             "sf.EDMPrediction(network, sf.EDM())"
         )
     return DiscreteVP(torch.as_tensor(table).double())
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is of flow matching."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def network_time(scheduler: Any) -> Callable[[Tensor], Tensor] | None:
+    """What a network trained with this scheduler is given for t: σ·N of flow matching's N steps, else t itself."""
+    if not is_flow(scheduler):
+        return None
+    steps = float(scheduler.config.get("num_train_timesteps", 1000))
+    return lambda t: steps * t
 
 
 def target_of(scheduler: Any, flow: bool | None = None) -> type[Prediction]:
@@ -202,25 +215,27 @@ def prediction_of(model: Any, scheduler: Any, **conditions: Any) -> Prediction:
     process = process_of(scheduler)
     flow = isinstance(process, RectifiedFlow)
     network = Denoiser(model, int(model.config.in_channels))
-    time = (lambda t: 1000.0 * t) if flow else None
-    return target_of(scheduler, flow=flow)(Conditioned(network, **conditions), process, time)
+    return target_of(scheduler, flow=flow)(Conditioned(network, **conditions), process, network_time(scheduler))
 
 
 def times_of(scheduler: Any, steps: int, shift: Callable[[int], dict[str, Any]] | None = None) -> Tensor:
     """Times of a scheduler's own steps, float64, largest first.
 
-    Where the scheduler's last step ends at ᾱ_0 and not on clean data, time 0 is among them.
+    Where the scheduler's last step ends at ᾱ_0 and not on clean data, time 0 is among them. Repeated times are listed once.
     """
     own = copy.deepcopy(scheduler)
     extra = shift(steps) if shift is not None else {}
     own.set_timesteps(**({} if "sigmas" in extra else {"num_inference_steps": steps}), **extra)
-    if hasattr(own, "sigmas") and "FlowMatch" in type(own).__name__:
-        return own.sigmas[:-1].double()
-    times = own.timesteps.double()
-    last = getattr(own, "final_alpha_cumprod", None)
-    if last is not None and float(last) < 1.0 and times[-1] > 0:
-        times = torch.cat([times, times.new_zeros(1)])
-    return times
+    sigmas = getattr(own, "sigmas", None)
+    open_end = sigmas is not None and float(sigmas[-1]) > 0
+    if sigmas is not None and is_flow(own):
+        times = sigmas.double() if open_end else sigmas[:-1].double()
+    else:
+        times, last = own.timesteps.double(), getattr(own, "final_alpha_cumprod", None)
+        if (open_end or (last is not None and float(last) < 1.0)) and times[-1] > 0:
+            times = torch.cat([times, times.new_zeros(1)])
+    # a scheduler of several calls a step, or with a first step taken twice, repeats times
+    return times.unique_consecutive()
 
 
 # --- the families
@@ -326,7 +341,8 @@ def _unconditional(pipe: Any, request: Request) -> Parts:
 
 def _stable_diffusion(pipe: Any, request: Request) -> Parts:
     text, no_text = pipe.encode_prompt(request.prompts, _device(pipe), 1, request.guided, request.negative)
-    given, null = {"encoder_hidden_states": text}, {"encoder_hidden_states": no_text}
+    given = {"encoder_hidden_states": text} | _embedded_guidance(pipe, request, text)
+    null = {"encoder_hidden_states": no_text}
     return Parts(
         Denoiser(pipe.unet, int(pipe.unet.config.in_channels)),
         given,
@@ -355,7 +371,8 @@ def _stable_diffusion_xl(pipe: Any, request: Request) -> Parts:
 
     null = conditions(no_text, no_pooled) if request.guided else None
     network = Denoiser(pipe.unet, int(pipe.unet.config.in_channels))
-    return Parts(network, conditions(text, pooled), null, lambda z: _decode(pipe.vae, z), event)
+    given = conditions(text, pooled) | _embedded_guidance(pipe, request, text)
+    return Parts(network, given, null, lambda z: _decode(pipe.vae, z), event)
 
 
 def _stable_diffusion_3(pipe: Any, request: Request) -> Parts:
@@ -452,6 +469,19 @@ def _labels(labels: Any) -> Tensor:
     if labels.is_floating_point() or labels.ndim > 1:
         raise InvalidInput(f"class_labels must be an integer or one a sample; got {labels.dtype} of {labels.ndim} axes")
     return labels
+
+
+def _embeds_guidance(pipe: Any) -> bool:
+    """Whether the network is one distilled under guidance, which is given the scale as an embedding (Meng et al. 2023)."""
+    return getattr(getattr(pipe, "unet", None), "config", {}).get("time_cond_proj_dim") is not None
+
+
+def _embedded_guidance(pipe: Any, request: Request, text: Tensor) -> dict[str, Any]:
+    if not _embeds_guidance(pipe):
+        return {}
+    w = torch.tensor([request.guidance_scale - 1.0])  # the network was trained on w = scale − 1
+    embedding = pipe.get_guidance_scale_embedding(w, embedding_dim=pipe.unet.config.time_cond_proj_dim)
+    return {"timestep_cond": embedding.to(text.device, text.dtype)}
 
 
 def _latent_event(pipe: Any, network: Any, request: Request) -> tuple[int, ...]:

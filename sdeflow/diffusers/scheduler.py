@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.diffusers.pipelines import TARGETS, require, times_of
-from sdeflow.diffusers.settings import as_solver, describe
+from sdeflow.diffusers.settings import as_solver, describe, of_model
 from sdeflow.equations import ReverseSDE
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Nodes
@@ -131,9 +131,11 @@ class Stepping:
             self._usual: Any = diffusers.FlowMatchEulerDiscreteScheduler(n, shift=settings.shift)
             self.process = RectifiedFlow(t_min=1e-4)
         else:
+            betas = diffusers.DDPMScheduler(
+                n, settings.beta_start, settings.beta_end, settings.beta_schedule, settings.trained_betas
+            ).betas  # DDIM's knows fewer schedules
             self._usual = diffusers.DDIMScheduler(
-                n, settings.beta_start, settings.beta_end, settings.beta_schedule, settings.trained_betas,
-                timestep_spacing=settings.timestep_spacing, steps_offset=settings.steps_offset,
+                n, trained_betas=betas.numpy(), timestep_spacing=settings.timestep_spacing, steps_offset=settings.steps_offset,
                 rescale_betas_zero_snr=settings.rescale_betas_zero_snr,
             )  # fmt: skip
             self.process = DiscreteVP(self._usual.alphas_cumprod.double())
@@ -154,17 +156,19 @@ class Stepping:
     ) -> None:
         """Prepare a run of that many solver steps; `timesteps` lists its network calls, float32.
 
-        A list of sigmas (flow matching) gives the times of the steps itself. `mu` is not used: the solver's grid
-        places the steps.
+        A list of sigmas (flow matching) gives the times of the steps, shifted as the model's usual scheduler would; `mu` is
+        that shift where it depends on the image's size. Without sigmas and own_times the solver's grid places the steps.
         """
         self._stop()
         solver, grid = self.solver, getattr(self.solver, "grid", None)
         if isinstance(grid, Nodes):
             num_inference_steps = grid.steps
         elif sigmas is not None and self._unit != 1.0:
-            solver = _placed(solver, grid=self._closed([float(s) for s in sigmas]))
+            num_inference_steps = len(sigmas)
+            listed = self._own_times(num_inference_steps, {"sigmas": [float(s) for s in sigmas], "mu": mu})
+            solver = _placed(solver, grid=self._closed(listed))
         elif self.config.own_times:
-            solver = _placed(solver, grid=self._closed(times_of(self._usual, int(num_inference_steps or 1)).tolist()))
+            solver = _placed(solver, grid=self._closed(self._own_times(int(num_inference_steps or 1), {"mu": mu})))
         elif num_inference_steps is None:
             raise InvalidInput("set_timesteps needs num_inference_steps; write scheduler.set_timesteps(20)")
         else:
@@ -283,6 +287,19 @@ class Stepping:
             return {"start": float(grid.values[0]), "stop": float(grid.values[-1])}
         return {"start": self.process.t_max, "stop": self.process.t_min}
 
+    def _own_times(self, steps: int, extra: dict[str, Any]) -> list[float]:
+        """The times of the model's usual scheduler; what it is asked besides their number matters to flow matching only."""
+        usual = self._usual
+        if self.target is FlowPrediction:
+            # settings that came with another scheduler's config are there only after __init__
+            usual = type(usual).from_config({k: v for k, v in self.config.items() if k in usual.config})
+            if usual.config.use_dynamic_shifting and extra.get("mu") is None:
+                raise InvalidInput(
+                    "this model shifts its times by the size of the image, which set_timesteps was not told; write "
+                    "scheduler.set_timesteps(20, mu=1.15), or own_times=False"
+                )
+        return times_of(usual, steps, (lambda n: extra) if usual is not self._usual else None).tolist()
+
     def _closed(self, nodes: list[float]) -> list[float]:
         """Nodes whose last interval is closed: by `denoise` where the solver can, else by t_min."""
         denoises = getattr(self.solver, "denoise", False)
@@ -316,13 +333,16 @@ def scheduler_class() -> type:
                 times), its class, or its description in a config.
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the table, as
                 in diffusers' schedulers; the defaults are Stable Diffusion's. For another model write
-                `SolverScheduler.from_config(pipe.scheduler.config, solver=solver)`.
+                `SolverScheduler.from_config(pipe.scheduler.config, solver=solver)`, which takes over the table, the prediction
+                type, spacing and shift, but neither clipping nor thresholding.
             prediction_type: "epsilon", "v_prediction", "sample", or "flow_prediction" for flow matching.
             eta: strength of the reverse SDE; by default the solver's own, 0 where it solves ODEs, else 1.
             seed: of the noise of stochastic solvers, one stream a sample; a generator given to the pipeline comes first.
             timestep_spacing, steps_offset, shift: used with `own_times=True`.
             own_times: step through the times the model's usual scheduler would take (DDIM's, or flow matching's) instead
                 of the solver's own grid.
+            use_flow_sigmas: True tells pipelines that bring their own times, Flux's among them, to leave these to the scheduler;
+                with False they hand them over, and they are taken.
 
         Raises:
             InvalidInput: the solver is adaptive or has fields that cannot be written to a config; unknown settings.
@@ -355,10 +375,16 @@ def scheduler_class() -> type:
             if prediction_type not in TARGETS:
                 raise InvalidInput(f"prediction_type must be one of {', '.join(TARGETS)}; got {prediction_type!r}")
             solver = as_solver(solver)
-            # given by position, the solver would count as a default and be dropped on loading
-            defaults = [name for name in self.config.get("_use_default_values", []) if name != "solver"]
-            self.register_to_config(solver=describe(solver), _use_default_values=defaults)
+            # what counts as a default is dropped on the way to another class, whose own defaults differ
+            self.register_to_config(solver=describe(solver), _use_default_values=[])
             self._prepare(solver, eta)
+
+        @classmethod
+        def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            given, known = of_model(config_dict, diffusers), cls._get_init_keys(cls)
+            init, unused, _ = super().extract_init_dict({k: v for k, v in given.items() if k in known}, **kwargs)
+            # the rest is kept for schedulers made of this one's config, and for `_own_times`
+            return init, unused, {k: v for k, v in given.items() if k not in init}
 
     SolverScheduler.__module__, SolverScheduler.__qualname__ = "sdeflow.diffusers", "SolverScheduler"
     return SolverScheduler

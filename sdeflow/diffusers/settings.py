@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from sdeflow.charts import Chart
@@ -59,6 +60,37 @@ def rebuild(value: Any) -> Any:
     raise InvalidInput(
         f"no solver, grid or chart is called {value.get('type')!r}; if it is your own, import its module first"
     )
+
+
+def of_model(config: dict[str, Any], diffusers: Any) -> dict[str, Any]:
+    """Another scheduler's config as ours: its class's defaults written out, flow matching named, its shift under our name.
+
+    Diffusers lets a class fill what another's config leaves at defaults with defaults of its own, and ours differ.
+
+    Raises:
+        InvalidInput: the scheduler has neither a table of β nor flow matching, or runs time the other way.
+    """
+    own = {name: value for name, value in config.items() if name != "_use_default_values"}
+    if "solver" in own:
+        return own
+    kind = getattr(diffusers, str(own.get("_class_name")), None)
+    if kind is not None:
+        for name, parameter in inspect.signature(kind.__init__).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                own.setdefault(name, parameter.default)
+    if "shift" in own and not {"beta_start", "prediction_type"} & own.keys():
+        own["prediction_type"] = "flow_prediction"
+    flow = own.get("prediction_type") == "flow_prediction"
+    if flow and own.get("invert_sigmas"):
+        raise InvalidInput("a scheduler with invert_sigmas=True runs time the other way, which is not supported")
+    if not flow and "beta_start" not in own and (kind is not None or "sigma_min" in own):
+        raise InvalidInput(
+            f"the config of {own.get('_class_name', 'this scheduler')} has no table of β, so the process cannot be read off it; "
+            "write sf.solve(sf.ProbabilityFlowODE(sf.EDMPrediction(network, sf.EDM())), solver, x)"
+        )
+    if flow and "flow_shift" in own:
+        own.setdefault("shift", own["flow_shift"])
+    return own
 
 
 def _subclasses(kind: type) -> list[type]:

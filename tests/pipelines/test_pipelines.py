@@ -24,6 +24,8 @@ pytestmark = [
 import diffusers  # noqa: E402
 import tiny  # noqa: E402
 
+from sdeflow.diffusers.pipelines import times_of  # noqa: E402
+
 DIGITS = Path(__file__).parents[1] / "data" / "digits"
 STEPS = 6
 
@@ -171,6 +173,61 @@ def test_a_bare_network_and_its_scheduler():
     z = torch.randn(2, 3, 8, 8)
     bare = sf.diffusers.prediction_of(pipe.unet, pipe.scheduler)
     torch.testing.assert_close(bare.noise(z, 321.0), pipe.unet(z, 321).sample)
+
+
+def test_networks_distilled_under_guidance_are_given_its_scale(folder):
+    pipe = tiny.stable_diffusion(folder)
+    pipe.unet = tiny.unet(time_cond_proj_dim=8)
+    with torch.no_grad():  # made as zeros, so that a new network does not depend on it
+        torch.nn.init.normal_(pipe.unet.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(0))
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="a cat", guidance_scale=7.5)
+    z, run = loaded.noise(2), {"num_inference_steps": STEPS, "output_type": "pt", "num_images_per_prompt": 2}
+    image, found = ours(loaded, sf.DDIM(grid=loaded.times(STEPS)), z)
+    assert found.evaluations.tolist() == [STEPS] * 2
+    reference = pipe("a cat", latents=z, guidance_scale=7.5, **run).images
+    check(image, reference, pipe("a cat", latents=z, guidance_scale=2.0, **run).images)
+
+
+def by_scheduler(network, scheduler, x, steps):
+    """Diffusers' own loop."""
+    scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    return x
+
+
+def test_flow_matching_of_any_number_of_training_steps():
+    network, x = tiny.unconditional().unet, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=3.0)
+    predict, times = sf.diffusers.prediction_of(network, scheduler), times_of(scheduler, STEPS)
+    solver = sf.DDIM(grid=times, denoise=True)
+    with torch.no_grad():
+        found = sf.solve(sf.ProbabilityFlowODE(predict), solver, x, start=times[0], stop=times[-1]).x
+    reference = by_scheduler(network, scheduler, x, STEPS)
+    assert (found - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_times_of_schedulers_that_end_early_repeat_or_are_of_flow_matching():
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network, table = tiny.unconditional().unet, {"beta_schedule": "scaled_linear", "steps_offset": 1}
+    early = diffusers.DPMSolverMultistepScheduler(final_sigmas_type="sigma_min", timestep_spacing="leading", **table)
+    times = times_of(early, STEPS)
+    assert times[-2] > 1 and times[-1] == 0 and len(times) == STEPS + 1
+    solver = sf.DPMSolverPP(order=2, grid=times, own_start=False, lower_order_final=True)
+    with torch.no_grad():
+        equation = sf.ProbabilityFlowODE(sf.diffusers.prediction_of(network, early))
+        found = sf.solve(equation, solver, x, start=times[0], stop=0.0).x
+    reference = by_scheduler(network, early, x, STEPS)
+    assert (found - reference).norm() < 1e-5 * reference.norm()
+    pndm = diffusers.PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **table)
+    assert bool((times_of(pndm, STEPS).diff() < 0).all()) and len(times_of(pndm, STEPS)) == STEPS + 1
+    flow = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    usual = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert bool((times_of(flow, STEPS) <= 1.0).all()) and times_of(flow, STEPS)[0] > 0.99
+    assert times_of(usual, STEPS)[0] == 1.0
 
 
 def test_what_cannot_work_is_refused(folder):

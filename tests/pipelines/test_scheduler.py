@@ -171,6 +171,65 @@ def test_own_times_with_ddim_is_the_pipelines_usual_output(stable_diffusion):
     assert (image - reference).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    "usual",
+    [
+        diffusers.DDPMScheduler(),
+        diffusers.DDIMScheduler(num_train_timesteps=500),
+        diffusers.DDPMScheduler(beta_schedule="sigmoid", prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(beta_end=0.012),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=100),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    ],
+    ids=lambda usual: type(usual).__name__,
+)
+def test_from_config_keeps_the_model_also_where_its_scheduler_has_defaults(usual):
+    scheduler = sf.diffusers.SolverScheduler.from_config(usual.config, solver=sf.DDIM(steps=5))
+    network = tiny.unconditional().unet
+    predict = sf.diffusers.prediction_of(network, usual)
+    x = predict.process.prior((2, 3, 8, 8))
+    wanted = sf.solve(sf.ProbabilityFlowODE(predict), sf.DDIM(steps=5), x).x
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    assert (x - wanted).norm() < 1e-5 * wanted.norm()
+    assert scheduler.config.shift == usual.config.get("shift", usual.config.get("flow_shift", 1.0))
+
+
+def test_our_table_survives_the_way_to_a_diffusers_scheduler():
+    ours = sf.diffusers.SolverScheduler(sf.DDIM(steps=5))
+    back = diffusers.DDIMScheduler.from_config(ours.config)
+    assert torch.allclose(back.alphas_cumprod, ours.alphas_cumprod)
+
+
+@pytest.mark.parametrize("usual", [diffusers.EDMEulerScheduler(), diffusers.ScoreSdeVeScheduler()])
+def test_from_config_refuses_what_has_no_table(usual):
+    with pytest.raises(sf.InvalidInput, match="no table of β"):
+        sf.diffusers.SolverScheduler.from_config(usual.config, solver=sf.DDIM(steps=5))
+
+
+def test_times_shifted_by_the_size_of_the_image(folder):
+    pipe = tiny.flux(folder)
+    run = {"num_inference_steps": STEPS, "output_type": "pt", "height": 16, "width": 16}
+    z = sf.diffusers.from_pipeline(pipe, prompt="a cat", height=16, width=16).noise(1)
+    usual = pipe("a cat", latents=z, **run).images
+    config, solver = pipe.scheduler.config, sf.DDIM(steps=1, denoise=True)
+    pipe.scheduler = sf.diffusers.SolverScheduler.from_config(config, solver=solver, use_flow_sigmas=False)
+    image = pipe("a cat", latents=z, **run).images
+    assert usual.std() > 0.05
+    assert (image - usual).abs().max() < 1e-4
+    own = sf.diffusers.SolverScheduler.from_config(config, solver=solver, own_times=True)
+    with pytest.raises(sf.InvalidInput, match="mu="):
+        own.set_timesteps(STEPS)
+    reference = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    for scheduler in (own, reference):
+        scheduler.set_timesteps(STEPS, mu=1.15)
+    assert torch.allclose(own.timesteps, reference.timesteps)
+    assert own.timesteps[3] > 500  # 251 without the shift
+
+
 def test_config_survives_saving(tmp_path):
     make = sf.diffusers.SolverScheduler
     scheduler = make(sf.UniPC(order=2, steps=7, grid=sf.InChart(sf.Trigonometric(0.7))), prediction_type="v_prediction")
