@@ -14,7 +14,7 @@ from sdeflow.counting import Counter
 from sdeflow.problems.mixture import Mixture
 from sdeflow.problems.problem import Problem
 from sdeflow.solvers import stochastic_tableaux as tableaux
-from sdeflow.solvers.base import Task
+from sdeflow.solvers.base import Solver, Task
 
 F64 = torch.float64
 VP = sf.VP(t_min=1e-2)
@@ -434,6 +434,22 @@ def test_counts_and_gradients(name: str):
     (slope,) = torch.autograd.grad(run.x.sum(), x)
     low, high = (sf.solve(equation, solver, x.detach() + e * step, seed=1).x.sum() for e in (-1e-5, 1e-5))
     torch.testing.assert_close((slope * step).sum(), (high - low) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "exponential adaptive", "gotta go fast"])
+def test_gradients_of_adaptive_solves_are_the_path_s(name: str):
+    """Those of a fine solve of fixed steps on the same path, for a nonlinear drift; differences of solves would see other steps."""
+    equation = sf.Equation(lambda t, x: torch.cos(x) - x, lambda t, x: 0.3, noise="additive", start=0.0, stop=1.0)
+    solver = {"gotta go fast": sf.GottaGoFast(rtol=1e-3, atol=1e-3)}.get(name, sf.SRA1(rtol=1e-3, atol=1e-3))
+    if name.startswith("exponential"):
+        equation, solver = sf.ReverseSDE(MIXTURE.prediction(VP)), sf.ExponentialShARK(rtol=1e-4, atol=1e-4)
+    fine = sf.ExponentialShARK(steps=2000) if name.startswith("exponential") else sf.SRA1(steps=1000)
+
+    def slope(solver: Solver) -> torch.Tensor:
+        x = VP.prior((3, 2), dtype=F64).requires_grad_()
+        return torch.autograd.grad(sf.solve(equation, solver, x, seed=1, gradients=True).x.sum(), x)[0]
+
+    torch.testing.assert_close(slope(solver), slope(fine), rtol=3e-2, atol=1e-3)
 
 
 def test_what_is_refused():
