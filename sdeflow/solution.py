@@ -27,7 +27,8 @@ class Solution:
     """Result of `solve`.
 
     Attributes:
-        x: end state, (batch, *event), dtype and device of the start; for a failed sample its last state.
+        x: end state, (batch, *event), dtype and device of the start; for a failed sample its last state, where sdeflow's own methods on
+            fixed grids go on to the end with what is not finite.
         t: the times of `states`, float64, (n,): `save_at` if given, else the one end time.
         states: states at `t`, (n, batch, *event); NaN where a failed sample did not arrive.
         calls: batched forward passes of the network.

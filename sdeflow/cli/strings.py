@@ -238,7 +238,7 @@ def solver_page() -> str:
 SOLVER_PAGE = """# Solvers and their facts
 
 Written by `make docs` from the solvers' own `facts`; the contract tests prove the same facts. Order is that of the global error on ODEs;
-strong and weak are orders on the noise the solver accepts, blank where none is claimed. Evaluations are network evaluations of one
-sample in one step, start-up and rejected steps aside.
+strong and weak are orders on the noise the solver accepts (of `TorchSDE` on additive noise: on other noise euler's strong order is ½), blank
+where none is claimed. Evaluations are network evaluations of one sample in one step, start-up and rejected steps aside.
 
 """

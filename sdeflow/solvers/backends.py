@@ -20,6 +20,41 @@ PATIENCE = 4
 """Attempts in a row, each step a fifth of the one before, after which a non-finite sample is given up."""
 
 
+STRIKES = 3 * PATIENCE
+"""Such attempts in all before the solve gets past where they ended: steps that creep up to a wall are finite ever again."""
+
+
+class Strikes:
+    """Which samples are to be given up: for PATIENCE non-finite attempts in a row, or STRIKES of them without getting past."""
+
+    def __init__(self, like: Tensor):
+        self.in_a_row, self.without_passing = torch.zeros_like(like), torch.zeros_like(like)
+        self.wall = torch.full(like.shape, math.inf, dtype=torch.float64, device=like.device)
+
+    def judge(self, trouble: Tensor | None, begun: float, ended: float) -> Tensor | None:
+        """Heed one attempt.
+
+        Args:
+            trouble: the samples for which it was not finite, (batch,) bool, None for none.
+            begun, ended: how far from the start it began and ended.
+
+        Returns:
+            The samples to be given up, (batch,) bool, None for none.
+        """
+        past = self.wall <= begun
+        self.wall, self.without_passing = (
+            self.wall.masked_fill(past, math.inf),
+            self.without_passing.masked_fill(past, 0),
+        )
+        if trouble is None:
+            self.in_a_row.zero_()
+            return None
+        self.in_a_row = torch.where(trouble, self.in_a_row + 1, 0)
+        self.without_passing = self.without_passing + trouble
+        self.wall = torch.where(trouble, self.wall.clamp_max(ended), self.wall)
+        return (self.in_a_row >= PATIENCE) | (self.without_passing >= STRIKES)
+
+
 class Stopped(Exception):
     """No further step can be made; the status says why."""
 

@@ -23,9 +23,9 @@ from sdeflow.grids import Grid, InChart, UniformTime
 from sdeflow.processes import Time, as_time
 from sdeflow.solution import Status
 from sdeflow.solvers.backends import (
-    PATIENCE,
     Clock,
     Stopped,
+    Strikes,
     accept_nodes,
     check_limit,
     check_method,
@@ -242,8 +242,8 @@ def _between(nodes: Tensor, t: Tensor) -> Tensor:
 class Watch:
     """The drift as torchdiffeq sees it, watched: finite rows, attempts, accepted steps, limits, outputs reached.
 
-    A sample whose drift stays non-finite for PATIENCE attempts in a row (at once on a fixed grid or at the start) is
-    frozen: its drift is 0 from then on and the norm leaves it out, so that the others go on as if it were not there.
+    A sample whose drift is non-finite again and again, see `Strikes` (once on a fixed grid or at the start), is frozen: its
+    drift is 0 from then on and the norm leaves it out, so that the others go on as if it were not there.
     """
 
     def __init__(self, solver: TorchDiffEq, task: Task, clock: Clock, z: Tensor, u: Tensor):
@@ -258,7 +258,7 @@ class Watch:
         self.dead = torch.zeros_like(self.status, dtype=torch.bool)
         self.end = torch.full(self.dead.shape, math.inf, dtype=torch.float64, device=z.device)
         self.trouble: Tensor | None = None
-        self.in_a_row = task.constant(0)
+        self.strikes, self.tried = Strikes(self.status), (0.0, 0.0)
         self.memo: tuple[Tensor, Tensor] | None = None
         self._bury(~finite_rows(z))
         self.state = torch.where(rows(self.dead, z), torch.zeros_like(z), z)
@@ -329,6 +329,7 @@ class Watch:
                 raise Stopped(Status.STEP_UNDERFLOW)
             if self.attempts >= self.solver.max_steps:
                 raise Stopped(Status.MAX_STEPS)
+            self.tried = self._way(self.at), self._way(self.at) + h  # the library's steps are positive, whichever way
         else:
             self.accepted += ~self.dead
         if bool(self.dead.all()):
@@ -341,13 +342,11 @@ class Watch:
             self.task.progress((self.at - self.first) / (self.final - self.first))
 
     def _judge(self) -> None:
-        """After an attempt: give up the samples that were non-finite PATIENCE times in a row."""
-        if self.trouble is None:
-            self.in_a_row.zero_()
-            return
-        self.in_a_row = torch.where(self.trouble, self.in_a_row + 1, 0)
+        """After an attempt: give up the samples that are non-finite again and again."""
+        given_up = self.strikes.judge(self.trouble, *self.tried)
         self.trouble = None
-        self._bury(self.in_a_row >= PATIENCE)
+        if given_up is not None:
+            self._bury(given_up)
 
     def _bury(self, fresh: Tensor) -> None:
         """Samples that fail now: their last state is the one this step began with."""

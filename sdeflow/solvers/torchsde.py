@@ -28,9 +28,9 @@ from sdeflow.processes import as_time
 from sdeflow.random import standard_normal
 from sdeflow.solution import Status
 from sdeflow.solvers.backends import (
-    PATIENCE,
     Clock,
     Stopped,
+    Strikes,
     accept_nodes,
     check_limit,
     check_method,
@@ -324,7 +324,7 @@ class _Run:
         """torchsde's adaptive rule: one step against two halves."""
         solver, at, h = self.solver, s[0], (s[1] - s[0]).item()
         ends = torch.isin(nodes, torch.tensor([*self.outputs, self.task.stop], dtype=torch.float64))
-        in_a_row, ratio, attempts = self.task.constant(0), None, 0
+        strikes, ratio, attempts = Strikes(self.status), None, 0
         for end, t in zip(s[ends], nodes[ends].tolist(), strict=True):
             while at < end:
                 cut = bool(at + h * (1.0 + 1e-9) >= end)
@@ -340,13 +340,14 @@ class _Run:
                 half, _ = method.step(middle, to, half, ())
                 size = (to - at).item()
                 bad = ~(finite_rows(full) & finite_rows(half)) & ~self.dead
-                if bool(bad.any()):
+                broken = bool(bad.any())
+                given_up = strikes.judge(bad if broken else None, (at - s[0]).item(), (to - s[0]).item())
+                if broken:
+                    assert given_up is not None
                     self.rejected += ~self.dead
-                    in_a_row = torch.where(bad, in_a_row + 1, 0)
-                    self._bury(in_a_row >= PATIENCE)
+                    self._bury(given_up)
                     h, ratio = 0.2 * size, None
                     continue
-                in_a_row.zero_()
                 error = self._error(full, half)
                 proposed, ratio = update_step_size(error, size, prev_error_ratio=ratio)
                 if error > 1.0:

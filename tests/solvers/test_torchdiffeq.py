@@ -344,3 +344,31 @@ def test_facts(method):
         "drift",
     )
     assert facts.reference.startswith("torchdiffeq") and facts.strong is facts.weak is None
+
+
+@pytest.mark.parametrize("wall", [0.5, 0.4321, 0.3])
+@pytest.mark.parametrize(
+    "solver",
+    [*(sf.TorchDiffEq(m, rtol=1e-6, atol=1e-6) for m in ("dopri5", "bosh3", "dopri8")), sf.TorchSDE(adaptive=True)],
+    ids=lambda s: s.facts.name,
+)
+def test_a_sample_that_ends_at_a_wall_does_not_stop_the_others(solver, wall):
+    """Up to the wall every step that is short enough is finite, so that non-finite attempts never come in a long row."""
+    problem, process = sf.problems.gaussian(mean=[0.0, 1.0], std=[0.5, 1.0]), sf.VP()
+    inner = problem.network(process)
+
+    def network(x, t):
+        out = inner(x, t)
+        return torch.where((x[:, :1] > 50.0) & (t[:, None] < wall), torch.nan, out)
+
+    x = process.prior((4, 2), dtype=torch.float64)
+    x[1, 0] = 1e4
+    equation = (sf.ProbabilityFlowODE if "none" in solver.facts.noise else sf.ReverseSDE)(
+        sf.DataPrediction(network, process)
+    )
+    run = sf.solve(equation, solver, x, on_failure="return")
+    assert run.status.tolist() == [0, sf.Status.NON_FINITE, 0, 0]
+    if "none" in solver.facts.noise:
+        rest = torch.tensor([0, 2, 3])
+        exact = problem.flow(x[rest], process, process.t_max, process.t_min)
+        torch.testing.assert_close(run.x[rest], exact, rtol=1e-4, atol=1e-4)
