@@ -114,8 +114,8 @@ class TorchSDE(Solver):
             adjoint's calls happen in backward() and are not counted.
         adjoint_params: parameters whose gradients the adjoint gives; default those of the network.
 
-    Where a solve begins at α = 0 (rectified flow at t = 1), the reverse SDE forgets its state at once: the first step is
-    x = αD + σε, exact as long as D is constant; its error is O(α²).
+    Where a solve begins at α = 0 (rectified flow at t = 1, tables whose last ᾱ is 0), the reverse SDE forgets its state at once:
+    the first step is x = αD + σε, exact as long as D is constant; its error is O(α²).
 
     Raises:
         InvalidInput: unknown or refused method, no steps, noise or calculus the method does not solve, adaptive half
@@ -259,19 +259,29 @@ class _Run:
         return (nodes if task.save_at is None else merge(nodes, task.save_at)), jumps
 
     def _at_zero(self, t: float) -> bool:
+        # the last of a table may be 0 but for rounding, as may be a cosine
         process = self.task.equation.process
-        return process is not None and process.alpha(t).item() == 0.0
+        return process is not None and bool(process.alpha(t) < 1e-6 * process.sigma(t))
 
     # --- steps
 
     def _jump(self, t: float) -> None:
-        """From α = 0 to t: x = α D + σ ε, one evaluation."""
+        """From α = 0 to t, for constant D: x ← (σ_t/σ_s)q x + (α_t − α_s(σ_t/σ_s)q) D + σ_t√(1 − q²) ε, q = e^{−η²h}; one evaluation.
+
+        q is 0 where α_s is.
+        """
         task, process, predict = self.task, self.task.equation.process, self.task.equation.predict
         assert process is not None and predict is not None
         seeds = task.path.seeds if task.seeds is None else task.seeds
         noise = standard_normal(seeds, self.y.shape[1:], stream=JUMP_STREAM, dtype=self.y.dtype, device=self.y.device)
-        mean = predict.combine(task.x, task.start, process.alpha(t), 0.0).flatten(1)
-        self._arrive(mean + process.sigma(t).item() * noise, t, None)
+        h = process.half_log_snr(t) - process.half_log_snr(task.start)
+        q = (-(task.equation.eta**2) * h).exp().item()
+        carried = q * (process.sigma(t) / process.sigma(task.start)).item()
+        mean = predict.combine(task.x, task.start, process.alpha(t) - carried * process.alpha(task.start), 0.0).flatten(
+            1
+        )
+        noisy = carried * task.x.flatten(1) + math.sqrt(1.0 - q**2) * process.sigma(t).item() * noise
+        self._arrive(mean + noisy, t, None)
 
     def _walk(self, nodes: Tensor) -> None:
         task = replace(self.task, start=nodes[0].item(), x=self._state())

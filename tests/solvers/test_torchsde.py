@@ -336,3 +336,22 @@ def test_facts(method):
     facts = sf.TorchSDE(method, steps=3).facts
     assert facts.order is None and facts.face == "drift" and facts.reference.startswith("torchsde")
     assert (facts.strong, facts.weak) == (METHODS[method].strong, METHODS[method].weak)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize(
+    "process",
+    [sf.RectifiedFlow(), sf.CosineVP(t_max=1.0), sf.DiscreteVP(torch.linspace(0.999, 0.0, 50))],
+    ids=lambda p: type(p).__name__,
+)
+def test_a_start_without_signal_or_with_1e_16_of_it(process, eta):
+    """Mean and variance of 4000 samples within 5 standard errors of the exact ones."""
+    problem = sf.problems.gaussian(mean=[0.5, -1.0], std=[0.3, 1.2])
+    equation = sf.ReverseSDE(problem.prediction(process), eta=eta)
+    x = process.prior((4000, 2), dtype=torch.float64)
+    run = sf.solve(equation, sf.TorchSDE("srk", steps=120), x, seed=1)
+    assert run.calls == 1 + 2 * 119  # the first step, to α > 0, is one evaluation
+    mean, cov = problem.moments(process, process.t_min)
+    v = cov.diagonal()
+    assert bool(((run.x.mean(0) - mean).abs() < 5.0 * (v / 4000).sqrt()).all())
+    assert bool(((run.x.var(0) - v).abs() < 5.0 * v * (2.0 / 4000) ** 0.5).all())
