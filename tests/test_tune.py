@@ -231,6 +231,11 @@ def test_adams_in_data_weights_is_adams(process):
     solution = sf.solve(equation, fitted, x)
     assert (solution.evaluations == 9).all()
     assert torch.allclose(solution.x, sf.solve(equation, plain, x).x, rtol=1e-11, atol=1e-11)
+    outputs = sf.solve(equation, fitted, x, save_at=times[[3, 9]])
+    assert torch.equal(outputs.x, solution.x) and torch.equal(outputs.states[1], solution.x)
+    between = float(0.3 * times[3] + 0.7 * times[4])
+    with pytest.raises(sf.InvalidInput, match="save_at=.* none of them"):
+        sf.solve(equation, fitted, x, save_at=[between])
     other = sf.ProbabilityFlowODE(problem.prediction(sf.VP(beta_max=15.0) if isinstance(process, sf.VP) else sf.VP()))
     grid = PLAIN.times(other.process, other.process.t_max, other.process.t_min, 9, 1.0)
     with pytest.raises(sf.InvalidInput, match="another process"):

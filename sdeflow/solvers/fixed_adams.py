@@ -188,6 +188,13 @@ class FittedAdams(FixedAdams):
             raise InvalidInput(
                 f"these weights were fitted to another process than {process!r}; tune again: sf.tune(equation, budget, pilot)"
             )
+        if task.save_at is not None:
+            far = (task.save_at[:, None] - times).abs().amin(1) > 1e-12 * (times[-1] - times[0]).abs()
+            if bool(far.any()):
+                raise InvalidInput(
+                    f"fitted weights belong to their times, and save_at={task.save_at[far][0].item():g} is none of them; choose from "
+                    f"solver.grid.values = {[float(f'{t:.4g}') for t in times.tolist()]}, or write sf.FixedAdams(order={self.order}, ...)"
+                )
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         process = task.equation.process
