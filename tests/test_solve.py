@@ -182,3 +182,33 @@ def test_adaptive_steps_in_half_precision_are_refused(solver, dtype):
     )
     with pytest.raises(sf.InvalidInput, match=r"cannot resolve.*x\.float\(\)"):
         sf.solve(equation, solver, torch.ones(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        sf.SASolver(steps=3),
+        sf.StochasticAdams(steps=3),
+        sf.EDMHeun(steps=3, churn=3.0),
+        sf.ShARK(steps=3),
+        sf.TorchSDE("srk", steps=3),
+        sf.Adams(),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+@pytest.mark.parametrize("path", [sf.BrownianPath([1, 2], (1,)), sf.BrownianPath([1, 2, 3], (2,)), "w"], ids=str)
+def test_a_path_that_is_not_the_samples_own_is_refused(solver, path):
+    """A path of one element would otherwise drive all elements of a sample with the same noise."""
+    process, problem = sf.VP(), sf.problems.ring()
+    equation = sf.ReverseSDE(problem.prediction(process))
+    with pytest.raises(sf.InvalidInput, match=r"BrownianPath for 2 samples of shape \(2,\)"):
+        sf.solve(equation, solver, process.prior((2, 2)), path=path)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [sf.FixedAdams(steps=5, chart=sf.LogSNR()), sf.RungeKutta(steps=5, chart=sf.LogSNR()), sf.Tsit5(chart=sf.LogSNR())],
+)
+def test_a_chart_is_refused_on_an_equation_without_a_process(solver):
+    with pytest.raises(sf.InvalidInput, match="chart.*diffusion equation"):
+        sf.solve(sf.Equation(lambda t, x: -x), solver, torch.ones(2, 2), start=0.0, stop=1.0)

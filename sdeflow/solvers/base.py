@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from sdeflow.brownian import BrownianPath
 from sdeflow.charts import Chart
 from sdeflow.counting import Counter
 from sdeflow.equations import Equation
@@ -135,6 +136,36 @@ class Solver(ABC):
             raise InvalidInput(
                 f"{facts.name} solves {have}; {equation!r} is {what}. `sdeflow solvers` lists what each solver accepts"
             )
+        if task.path is not None and equation.stochastic:
+            check_path(task, strict=not callable(getattr(task.path, "increment", None)))
+
+
+def noise_shape(task: Task) -> tuple[int, ...]:
+    """The shape of one sample's Brownian motion."""
+    if task.equation.noise == "scalar":
+        return (1,)
+    if task.equation.noise == "general":
+        return (task.equation.diffusion(task.start, task.x).shape[-1],)
+    return tuple(task.x.shape[1:])
+
+
+def check_path(task: Task, strict: bool = True) -> None:
+    """Refuse a path that is not one of the samples' own: a smaller one would be spread over elements.
+
+    Args:
+        strict: refuse other objects with an `increment` of their own, which torchsde's methods take, too.
+
+    Raises:
+        InvalidInput: the path is no `BrownianPath`, not for as many samples, or not of the shape the equation's noise has.
+    """
+    path, shape = task.path, noise_shape(task)
+    if not strict and not isinstance(path, BrownianPath):
+        return
+    if not isinstance(path, BrownianPath) or path.batch != task.batch or path.shape != shape:
+        raise InvalidInput(
+            f"the path must be a BrownianPath for {task.batch} samples of shape {shape}; got {path!r}. Write "
+            f"sf.BrownianPath(sf.sample_seeds(7, {task.batch}), {shape})"
+        )
 
 
 def need_less_noise(task: Task) -> None:

@@ -118,6 +118,11 @@ class FixedAdams(LinearMethod):
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidInput(f"{path} is no solver saved by FixedAdams.save: {error}") from error
 
+    def check(self, task: Task) -> None:
+        super().check(task)
+        if task.equation.predict is None and self.chart is not None:
+            raise InvalidInput("chart needs a diffusion equation; leave it out for an Equation of your own")
+
     def times(self, task: Task) -> Tensor:
         if self.grid is None and task.equation.predict is not None:
             return self.nodes(task, InChart(self.chart or StraightLine()))

@@ -20,7 +20,17 @@ from sdeflow.grids import Grid, InChart, Nodes, UniformTime
 from sdeflow.processes import expand
 from sdeflow.solution import Status
 from sdeflow.solvers import stochastic_tableaux as tableaux
-from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge, output_nodes
+from sdeflow.solvers.base import (
+    Facts,
+    Outcome,
+    Solver,
+    Task,
+    check_path,
+    finite_rows,
+    merge,
+    noise_shape,
+    output_nodes,
+)
 from sdeflow.solvers.control import Attempt, Stepper, Trace, check_tolerances, drive, rms
 from sdeflow.solvers.stochastic_clocks import Clock, UnitNoise
 from sdeflow.solvers.stochastic_tableaux import AdditiveTableau
@@ -125,28 +135,14 @@ class PathSolver(Solver):
 
 
 def path_of(task: Task) -> BrownianPath:
-    """The task's path, or the one of its seeds.
-
-    Raises:
-        InvalidInput: the path is not for as many samples, or not of the shape the equation's noise has.
-    """
-    x, noise = task.x, task.equation.noise
-    shape = tuple(x.shape[1:])
-    if noise == "scalar":
-        shape = (1,)
-    elif noise == "general":
-        shape = (task.equation.diffusion(task.start, x).shape[-1],)
-    path = task.path
-    if path is None:
-        assert task.seeds is not None
-        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        return BrownianPath(task.seeds, shape, dtype=dtype, device=x.device)
-    if not isinstance(path, BrownianPath) or path.batch != x.shape[0] or path.shape != shape:
-        raise InvalidInput(
-            f"the path must be a BrownianPath for {x.shape[0]} samples of shape {shape}; got {path!r}. Write "
-            f"sf.BrownianPath(sf.sample_seeds(7, {x.shape[0]}), {shape})"
-        )
-    return path
+    """The task's path, or the one of its seeds."""
+    if task.path is not None:
+        check_path(task)
+        return task.path
+    x = task.x
+    assert task.seeds is not None
+    dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    return BrownianPath(task.seeds, noise_shape(task), dtype=dtype, device=x.device)
 
 
 class NoDense(Stepper):
