@@ -157,20 +157,20 @@ class DataPrediction(Prediction):
 
 
 class NoisePrediction(Prediction):
-    """The network returns ε̂. Where α = 0 it says nothing of the data: D is then NaN."""
+    """The network returns ε̂. Where α is 0, or 0 but for rounding (below 1e-12 σ), it says nothing of the data: D is then NaN."""
 
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        inverse = _share(p, alpha)
+        inverse = _share(p, alpha, sigma)
         return inverse, q - sigma * inverse
 
 
 class ScorePrediction(Prediction):
-    """The network returns s = ∇ log p_t(x) = −ε̂/σ. Where α = 0 it says nothing of the data: D is then NaN."""
+    """The network returns s = ∇ log p_t(x) = −ε̂/σ. Where α is 0, or below 1e-12 σ, it says nothing of the data: D is then NaN."""
 
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        inverse = _share(p, alpha)
+        inverse = _share(p, alpha, sigma)
         return inverse, -sigma * (q - sigma * inverse)
 
 
@@ -232,9 +232,12 @@ class EDMPrediction(Prediction):
         return -0.25 * self.process.half_log_snr(t) if self.time is None else self.time(t)
 
 
-def _share(p: Time, alpha: Tensor) -> Tensor:
+def _share(p: Time, alpha: Tensor, sigma: Tensor) -> Tensor:
     """p/α, and 0 where nothing of D is asked for, α = 0 included."""
-    return torch.zeros_like(alpha) if isinstance(p, float) and p == 0.0 else p / alpha
+    if isinstance(p, float) and p == 0.0:
+        return torch.zeros_like(alpha)
+    # the last ᾱ of a table, or a cosine, may be 0 but for rounding: x − σε̂ over it would be a number without meaning, 1e6 and more
+    return p / torch.where(alpha < 1e-12 * sigma, 0.0, alpha)
 
 
 def _module_dtype(network: Network) -> torch.dtype | None:

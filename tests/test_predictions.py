@@ -221,3 +221,18 @@ def test_times_stand_beside_samples_or_are_refused():
     assert torch.equal(predict.velocity(x, t[:, None]), predict.velocity(x, t))
     with pytest.raises(sf.InvalidInput, match=r"one value a sample, \(4,\); got shape \(3,\)"):
         predict.data(x, t[:3])
+
+
+@pytest.mark.parametrize("kind", ["noise", "score"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("process", [sf.CosineVP(t_max=1.0), sf.DiscreteVP(torch.linspace(0.999, 0.0, 50))])
+def test_noise_without_signal_but_for_rounding_says_so(process, dtype, kind):
+    """α = 6e-17 is no signal: a D of 1e9 would go through a solve and come out as a state of 1e6."""
+    predict = sf.problems.gaussian(dim=2).prediction(process, kind)
+    x = process.prior((3, 2), dtype=dtype)
+    assert not bool(predict.data(x, process.t_max).isfinite().any())
+    assert bool(predict.noise(x, process.t_max).isfinite().all())
+    run = sf.solve(sf.ProbabilityFlowODE(predict), sf.DDIM(steps=20), x, on_failure="return")
+    assert run.status.tolist() == [sf.Status.NON_FINITE] * 3
+    run = sf.solve(sf.ProbabilityFlowODE(predict), sf.DDIM(steps=20), x, start=0.99 * process.t_max)
+    assert float(run.x.abs().max()) < 30.0
