@@ -232,7 +232,8 @@ def strong_error(
 
     Args:
         fine, finest: two solvers of much smaller steps; their disagreement is the uncertainty of the reference. All three must draw
-            their noise from the solve's seed, so that one seed is one path.
+            their noise from the solve's seed on one clock, so that one seed is one path: the exponential samplers do, and path solvers in
+            one chart. On another clock the error is that of unrelated paths.
     """
     ends = [solve(equation, s, x, start=start, stop=stop, seed=seed).x for s in (solver, fine, finest)]
     return rmse(ends[0], ends[2], sample_rmse(ends[1], ends[2]), seed=derived_seed(seed, "bootstrap"), name="strong")
