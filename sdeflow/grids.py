@@ -235,9 +235,9 @@ class Nodes(Grid):
 class Discrete(Grid):
     """Integer times of a model with n training steps, as discrete-time samplers space them, then `stop`.
 
-    "leading": 0, n//steps, 2(n//steps), …; "trailing": n−1, n−1−n/steps, …; "linspace": `steps` values from 0 to n − 1.
-    The first node is the
-    largest of them, which for "leading" is below t_max: start the solve there (`Discrete(...).start(steps)`).
+    "leading": 0, n//steps, 2(n//steps), …; "trailing": n−1, n−1−n/steps, …; "linspace": `steps` values from 0 to n − 1. Where the last of
+    them is `stop` itself, as 0 is, its step would be empty: the integers are then the first `steps` of those for steps + 1.
+    The first node is the largest of them, which for "leading" is below t_max: start the solve there, at `Discrete(...).start(steps)`.
     """
 
     n: int = 1000
@@ -259,14 +259,22 @@ class Discrete(Grid):
             k = torch.linspace(0, self.n - 1, steps, dtype=torch.float64).round()
         return k.flip(0)
 
-    def start(self, steps: int) -> float:
-        """The largest of the integer times."""
-        return self.indices(steps)[0].item()
+    def _inner(self, steps: int, stop: float) -> Tensor:
+        inner = self.indices(steps)
+        if inner[-1].item() > stop:
+            return inner
+        if steps == self.n:
+            raise InvalidInput(
+                f"{self!r} has {self.n} integer times, the last of them at or below stop={stop:g}, so at most {self.n - 1} steps; got {steps}"
+            )
+        return self.indices(steps + 1)[:-1]
+
+    def start(self, steps: int, stop: float = 0.0) -> float:
+        """The first node of a solve to `stop`."""
+        return self._inner(steps, stop)[0].item()
 
     def nodes(self, process: Process | None, start: float, stop: float, steps: int) -> Tensor:
-        inner = self.indices(steps)
-        if inner[-1].item() <= stop:  # the last integer is the end itself: its step would be empty
-            inner = self.indices(steps + 1)[:-1] if steps < self.n else inner[:-1]
+        inner = self._inner(steps, stop)
         if abs(inner[0].item() - start) > 1e-9:
             raise InvalidInput(
                 f"{self!r} with {steps} steps starts at t={inner[0].item():g}, the solve at {start:g}; write "

@@ -102,3 +102,21 @@ def test_an_infinite_clock_names_the_end_and_what_is_zero_there():
         sf.InChart(sf.LogSNR()).times(flow, 1.0, 0.1, 4)
     with pytest.raises(sf.InvalidInput, match=r"stop=0\.0, where σ = 0"):
         sf.InChart(sf.LogSNR()).times(flow, 0.9, 0.0, 4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 10, 50, 333, 999])
+@pytest.mark.parametrize("stop", [0.0, -0.5])
+def test_discrete_grids_have_as_many_steps_as_asked_from_their_own_start(spacing, steps, stop):
+    grid = sf.Discrete(1000, spacing)
+    nodes = grid.times(None, grid.start(steps, stop), stop, steps)
+    assert len(nodes) == steps + 1 and torch.equal(nodes[:-1], nodes[:-1].round())
+    if (spacing, stop) == ("leading", -0.5):  # the published ones, where none is lost at the end
+        assert torch.equal(nodes[:-1].flip(0), torch.arange(steps, dtype=torch.float64) * (1000 // steps))
+
+
+def test_a_discrete_grid_of_all_times_has_one_step_fewer():
+    process = sf.DiscreteVP.linear()
+    assert len(sf.Discrete(1000).times(process, 999.0, 0.0, 999)) == 1000
+    with pytest.raises(sf.InvalidInput, match="at most 999 steps"):
+        sf.Discrete(1000).times(process, 999.0, 0.0, 1000)
