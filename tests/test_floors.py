@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tune.borders",),
     ("tune.fit",),
     ("tune.trial",),
-    ("tune", "likelihood", "flow_maps", "diffusers"),
+    ("tune", "likelihood", "diffusers"),
     ("measure.*",),
     ("sweep",),
     ("report",),
