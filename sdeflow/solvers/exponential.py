@@ -346,7 +346,13 @@ class SASolver(Multistep):
         def frozen(s: np.ndarray, t: np.ndarray) -> Strength:
             assert varying is not None
             middle = np.where(np.isfinite(s), 0.5 * (s + np.where(np.isfinite(t), t, s)), t)
-            return Strength.constant(np.broadcast_to(np.asarray(varying(middle), float), middle.shape))
+            eta = np.broadcast_to(np.asarray(varying(middle), float), middle.shape)
+            if not np.isfinite(eta).all():
+                raise InvalidInput(
+                    f"SASolver's eta(λ) must be finite at every λ; at λ = {middle[~np.isfinite(eta)][0]:.4g} it is not. Write e.g. "
+                    "eta=lambda lam: np.where(lam > 0, 1.0, 0.0)"
+                )
+            return Strength.constant(eta)
 
         return Scheme(
             "data", self.predictor, self.corrector, "lambda", None, frozen if varying else _own_eta(task),

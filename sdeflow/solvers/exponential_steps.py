@@ -102,7 +102,15 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
                 *(np.append(f, e[1:]) for f, e in ((first.A, exact.A), (first.W, exact.W), (first.noise, exact.noise)))
             )
     else:
-        exact, blind = linear_data(s, t, strength.decay(s.lam, t.lam)), False
+        decay = np.broadcast_to(strength.decay(s.lam, t.lam), s.lam.shape)
+        if bool((decay < -1e-12).any()) or (task.equation.stochastic and not bool((decay > 0.0).any())):
+            n = int(np.argmin(decay))
+            raise InvalidInput(
+                f"the noise of this solver is not positive: ∫η²dλ is {decay[n]:.3g} over the step from σ/α = {np.exp(-s.lam[n]):.3g} to "
+                f"{np.exp(-t.lam[n]):.3g}. With φ of one's own φ/ρ must grow with ρ, as in ERSDE(phi=lambda rho: rho**2); without noise "
+                "take sf.ProbabilityFlowODE"
+            )
+        exact, blind = linear_data(s, t, decay), False
     p, c = _orders(scheme, points, strength.noisy, blind)
     clock_of = strength if strength.clock is None else strength.clock
     looking = bool(scheme.look) and strength.noisy

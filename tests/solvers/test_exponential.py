@@ -218,3 +218,23 @@ def test_dpm_solver_does_not_leave_pure_noise_in_one_long_step_by_itself():
     flow = sf.RectifiedFlow(t_min=0.0)  # α = 0 at one end, σ = 0 at the other: no even steps in λ
     ends = sf.ProbabilityFlowODE(RING.prediction(flow, "flow"))
     assert bool(sf.solve(ends, sf.DPMSolver(order=2, steps=8), x).x.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "phi", [lambda rho: rho**0.5, lambda rho: 1.0 / rho, lambda rho: rho * (2.0 + torch.sin(3.0 * rho))]
+)
+def test_a_phi_whose_noise_would_be_negative_is_refused(phi):
+    """Its variance used to be cut to 0, and the state came out with a hundred times the spread of the data."""
+    process, problem = sf.VP(), sf.problems.ring()
+    with pytest.raises(sf.InvalidInput, match="φ/ρ must grow"):
+        sf.solve(sf.ReverseSDE(problem.prediction(process)), sf.ERSDE(steps=50, phi=phi), process.prior((2, 2)), seed=0)
+
+
+def test_an_eta_of_lambda_that_is_not_finite_is_named():
+    process, problem = sf.VP(), sf.problems.ring()
+    with pytest.raises(sf.InvalidInput, match=r"eta\(λ\) must be finite"):
+        sf.solve(
+            sf.ReverseSDE(problem.prediction(process)),
+            sf.SASolver(steps=5, eta=lambda lam: lam * float("nan")),
+            process.prior((2, 2)),
+        )
