@@ -60,6 +60,7 @@ def ode_solvers() -> dict[str, dict[str, list[Solver]]]:
             "DPM-Solver++2M": spread(sf.DPMSolverPP, order=2),
             "DPM-Solver++3M": spread(sf.DPMSolverPP, order=3),
             "UniPC-3": spread(sf.UniPC, order=3),
+            "Stochastic Adams": spread(sf.StochasticAdams),
         },
         "Runge–Kutta": {
             "Heun": spread(partial(sf.RungeKutta, "heun"), 2),

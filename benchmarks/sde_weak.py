@@ -275,7 +275,6 @@ def fixed(process: sf.Process) -> dict[str, Callable[[int], Solver]]:
 
     return {
         "StochasticAdams": lambda n: sf.StochasticAdams(steps=n),
-        "StochasticAdams(low=0.02)": lambda n: sf.StochasticAdams(steps=n, low=0.02),
         "StochasticAdams(fitted=False)": lambda n: sf.StochasticAdams(steps=n, fitted=False),
         "StochasticAdams(predictor=2, corrector=1, fitted=False, low=0.02)": lambda n: sf.StochasticAdams(
             steps=n, predictor=2, corrector=1, fitted=False, low=0.02

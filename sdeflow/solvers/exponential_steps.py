@@ -49,9 +49,9 @@ class Scheme:
         own_start: start-up steps of the method's own order, instead of fewer nodes at first.
         lower_order_final: fewer nodes at last.
         look: θ, how far the network looks ahead along the noise, see `_looks`; 0 for not at all.
-        share: of `predictor` and `corrector` nodes in the weights of a stochastic step of length |Δu|, the rest being of two
+        share: of `predictor` and `corrector` nodes in the weights of a step of length |Δu|, the rest being of two
             nodes and one: steps (n,) → (n,), None for the former alone.
-        scales: the data's scales to which the extrapolations of stochastic steps are fitted (`fitted_weights`), None for not at all.
+        scales: the data's scales to which the extrapolations are fitted (`fitted_weights`), None for not at all.
     """
 
     form: Form = "data"
@@ -125,12 +125,13 @@ def multistep_plan(scheme: Scheme, task: Task, points: Points) -> Plan:
     predict, correct = weigh.all(p, 0), weigh.all(back, 1)
     looks, every = (_looks(exact, scheme.look), 2) if looking else ([()] * steps, 1)
     length = np.abs(np.diff(weigh.u))
-    if strength.noisy and scheme.share is not None:
+    if scheme.share is not None:
         share = scheme.share(length)
         predict = mixed(predict, weigh.all(np.minimum(p, 2), 0), share)
         correct = mixed(correct, weigh.all(np.minimum(back, 1), 1), np.append(0.0, share[:-1]))
-    if strength.noisy and scheme.scales is not None and np.median(length) > NEGLIGIBLE:
-        predict = _fitted(scheme.scales, points, exact, predict, correct, weigh.slopes(p), looks, every)
+    if scheme.scales is not None and np.median(length) > NEGLIGIBLE and (p > 0).all():
+        draws = every if strength.noisy else 0
+        predict = _fitted(scheme.scales, points, exact, predict, correct, weigh.slopes(p), looks, draws)
 
     A, noise = exact.A.tolist(), exact.noise.tolist()
     at = _Calls(points)
@@ -171,7 +172,7 @@ def _fitted(
     correct: list[list[float]],
     slope: Array,
     looks: list[tuple[tuple[float, int], ...]],
-    every: int,
+    draws: int,
 ) -> list[list[float]]:
     """The predictor's weights with the slope through the last two D taken δ_n more, see `fitted_weights`."""
     law = Linearised(
@@ -183,7 +184,7 @@ def _fitted(
         correct=tuple(map(tuple, correct)),
         slope=tuple(slope.tolist()),
         looks=tuple(looks),
-        draws=every,
+        draws=draws,
     )
     found = []
     for w, more in zip(predict, (law.fitted(*scales) * slope).tolist(), strict=True):

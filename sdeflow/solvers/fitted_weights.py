@@ -13,6 +13,7 @@ with S_n the weight of the slope through the last two D, so the variance at the 
 with R_k the responses at the end to the start and to every normal, and G_n that to an impulse in the predicted x_{n+1}. The δ_n minimise
 Σ_s (V(s; δ)/V(s) − 1)² + μ² Σ_n (δ_n − δ̄)² over scales s even in ln s, by Gauss–Newton. Between the scales an axis of scale s is the same
 function of λ + ln s, so one δ̄, a function of the step alone, is right for all of them; the others take care of the ends.
+On the flow V is the square of what the start is multiplied by, and the same fit makes that right.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Linearised:
         predict, correct: weights of the last D, newest first; `correct[n]` of the step n − 1 → n, empty for none.
         slope: S_n, 0 where a step is not to be touched.
         looks: (c, draw) pairs of every call.
-        draws: normals a step.
+        draws: normals a step, 0 on the flow.
     """
 
     alpha: tuple[float, ...]

@@ -141,6 +141,28 @@ def test_fitting_makes_long_steps_right_at_every_scale(eta):
     assert errors[True] < 0.02 < 0.1 < errors[False], errors
 
 
+@pytest.mark.parametrize("process", [sf.VP(), sf.EDM(), sf.RectifiedFlow()], ids=["vp", "edm", "flow"])
+@pytest.mark.parametrize(
+    ("problem", "gain"), [(sf.problems.gaussian(), 4.0), (sf.problems.ring(), 3.0)], ids=["gaussian", "ring"]
+)
+def test_fitting_makes_long_steps_right_on_the_flow_too(problem, gain, process):
+    equation = sf.ProbabilityFlowODE(problem.prediction(process))
+    x = process.prior((200, problem.dim), seed=2, dtype=F64)
+    end = sf.solve(equation, sf.Adams(rtol=1e-8, atol=1e-8), x).x
+    errors = {}
+    for fitted in (True, False):
+        run = sf.solve(equation, sf.StochasticAdams(steps=6, fitted=fitted), x)
+        assert run.evaluations.unique().item() == 6
+        errors[fitted] = (run.x - end).square().mean().sqrt().item()
+    assert gain * errors[True] < errors[False], errors
+
+
+def test_more_steps_look_after_smaller_scales():
+    low = [sf.StochasticAdams(steps=n)._scales.low for n in (3, 6, 13, 26, 100)]
+    assert low == pytest.approx([0.03, 0.13 / 6, 0.01, 0.005, 0.004])
+    assert sf.StochasticAdams(steps=6, low=0.05)._scales.low == 0.05
+
+
 def test_the_derivatives_of_the_variance_are_right():
     rng = np.random.default_rng(1)
     N, scales = 5, np.array([0.1, 0.5, 1.5])
@@ -161,14 +183,15 @@ def test_the_derivatives_of_the_variance_are_right():
 
 
 @pytest.mark.parametrize("denoise", [False, True])
-def test_what_is_fitted_is_the_variance_of_the_solver(denoise):
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_what_is_fitted_is_the_variance_of_the_solver(denoise, eta):
     # the solver's own law, by unit vectors, against the linearised plan it was fitted with
     kept = []
     original = Linearised.fitted
     try:
         Linearised.fitted = lambda self, low, high: kept.append((self, original(self, low, high))) or kept[-1][1]
         problem = sf.problems.gaussian(mean=0.0, std=[0.1, 0.7])
-        equation = sf.ReverseSDE(problem.prediction(VP))
+        equation = sf.ReverseSDE(problem.prediction(VP), eta=eta)
         solver = sf.StochasticAdams(steps=8, denoise=denoise)
         law = exact_moments(equation, solver, *problem.moments(VP, VP.t_max))
     finally:
