@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py --stage peers        # the field; slow, once
     python benchmarks/budget.py --stage tuned        # sf.tune on every cell, and the transfer table
+    python benchmarks/budget.py --stage untuned      # sf.StochasticAdams, which asks the network nothing beforehand; minutes
     python benchmarks/budget.py --table              # the tables of docs/budget.md
 
 Results are kept row by row in --folder (budget_peers.json, budget.json); what is there is not run again, so that a stopped run goes
@@ -34,6 +35,7 @@ from torch import Tensor
 
 import sdeflow as sf
 from sdeflow.grids import Nodes
+from sdeflow.solvers.base import Solver
 from sdeflow.solvers.fixed_adams import FittedAdams
 from sdeflow.tune import search
 
@@ -42,7 +44,7 @@ ORDER = [10, 20, 5, 50, 15, 8, 30, 6]
 """Budgets in the order they are run, so that a run cut short has spread itself over all cells."""
 NETWORKS = ("noise", "v")
 NETWORK_BUDGETS = [5, 10, 20]
-SAMPLES, NETWORK_SAMPLES, PILOTS = 256, 32, 32
+SAMPLES, NETWORK_SAMPLES, PILOTS = 2048, 32, 32
 SEEDS = {"test": 1, "pilot": 99}
 BOUNDS = {5: (0.7, 0.9), 6: (0.7, 0.9), 8: (0.7, 0.9), 10: (0.7, 0.9)}
 """What the ratios to the field and to the field in our chart should be; (0.2, 0.35) from 15 evaluations on."""
@@ -128,7 +130,13 @@ def tuned(cell: Cell, budget: int) -> tuple[dict, FittedAdams]:
     return row, solver
 
 
-def errors_of(solver: FittedAdams, cell: Cell) -> tuple[float, float]:
+def untuned(cell: Cell, budget: int) -> dict:
+    """The solver of few steps that nothing is tuned for, on the same samples."""
+    error, median = errors_of(sf.StochasticAdams(steps=budget), cell)
+    return {"error": error, "median": median}
+
+
+def errors_of(solver: Solver, cell: Cell) -> tuple[float, float]:
     """RMSE over the test samples and the median over them of a sample's own."""
     equation, x, end = cell.part(None)
     with torch.no_grad():
@@ -157,16 +165,19 @@ def ratios(store: dict) -> list[dict]:
             to = {kind: row["error"] / peer[kind]["error"] for kind in ("field", "handed")}
             bound = BOUNDS.get(int(budget), (0.2, 0.35))
             held = (to["field"] <= bound[0], to["handed"] <= bound[1])
-            rows.append({"cell": name, "budget": int(budget), "tuned": row, "peers": peer, "ratio": to, "held": held})
+            plain = store["untuned"][name][budget]
+            found = {"cell": name, "budget": int(budget), "tuned": row, "untuned": plain, "peers": peer}
+            rows.append(found | {"ratio": to, "held": held})
     return rows
 
 
 def table(store: dict) -> str:
     """The tables of docs/budget.md; a ratio over its bound is bold."""
     head = (
-        "| cell | NFE | tuned | median | best of the field | in our chart | ratio to the field | ratio in our chart |"
+        "| cell | NFE | tuned | median | best of the field | in our chart | ratio to the field | ratio in our chart "
+        "| untuned | median |"
     )
-    lines = [head, "| --- " * 8 + "|"]
+    lines = [head, "| --- " * 10 + "|"]
     rows = ratios(store)
     for row in rows:
         found, peer = row["tuned"], row["peers"]
@@ -177,7 +188,8 @@ def table(store: dict) -> str:
         lines.append(
             f"| {row['cell']} | {row['budget']} | {found['error']:.1e} | {found['median']:.1e} "
             f"| {peer['field']['error']:.1e} ({peer['field']['solver']}) "
-            f"| {peer['handed']['error']:.1e} | {shown[0]} | {shown[1]} |"
+            f"| {peer['handed']['error']:.1e} | {shown[0]} | {shown[1]} "
+            f"| {row['untuned']['error']:.1e} | {row['untuned']['median']:.1e} |"
         )
     exact = [row for row in rows if not row["cell"].startswith("network")]
     for kind, i in (("field", 0), ("in our chart", 1)):
@@ -211,6 +223,8 @@ def run(stage: str, wanted: list[str], budgets: list[int], store: dict, save: Ca
             if str(budget) not in rows and budget in (NETWORK_BUDGETS if name.startswith("network") else BUDGETS):
                 if stage == "peers":
                     rows[str(budget)] = peers(cells(name), budget)
+                elif stage == "untuned":
+                    rows[str(budget)] = untuned(cells(name), budget)
                 else:
                     rows[str(budget)], solver = tuned(cells(name), budget)
                     if budget in TRANSFERRED and not name.startswith("network"):
@@ -222,13 +236,14 @@ def run(stage: str, wanted: list[str], budgets: list[int], store: dict, save: Ca
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--stage", choices=("peers", "tuned"))
+    parser.add_argument("--stage", choices=("peers", "tuned", "untuned"))
     parser.add_argument("--cells", default=",".join(names()), help="problem/process or network/target, comma-separated")
     parser.add_argument("--budgets", default=",".join(map(str, ORDER)), help="evaluations, in the order to run them")
     parser.add_argument("--table", action="store_true", help="print the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    files = {"peers": args.folder / "budget_peers.json", "tuned": args.folder / "budget.json"}
+    own = args.folder / "budget.json"
+    files = {"peers": args.folder / "budget_peers.json", "tuned": own, "untuned": own}
     stores = {stage: json.loads(file.read_text("utf-8")) if file.exists() else {} for stage, file in files.items()}
 
     def save() -> None:
