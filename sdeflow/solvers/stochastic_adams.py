@@ -38,7 +38,7 @@ class StochasticAdams(Multistep):
     h² term which the noise in the history leaves in the variance: weak order 3 on linear equations at one evaluation a step. What is left
     at long steps is taken out by fitting: two nodes predict and one corrects where steps are too long for more, and how far the predictor
     extrapolates is chosen, when the steps are planned, so that Gaussian data of every scale from low to high end with the right variance.
-    That does as much for the flow (η = 0), where it makes this the solver of few steps for networks that nothing was tuned on.
+    On the flow (η = 0) the same fit makes what such data are multiplied by right.
 
     Args:
         predictor: nodes of the predictor, 1 … 4.
