@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sdeflow import counting
@@ -158,6 +159,24 @@ class Equation:
                 f"return {wanted}"
             )
         return value.to(x.dtype)
+
+
+def check_additive(equation: Equation, t: float, x: Tensor) -> None:
+    """Refuse an equation of the user's own whose noise is said to be additive and depends on the state at time t.
+
+    Methods for additive noise would solve another equation, without a sign of it.
+
+    Raises:
+        InvalidInput: the diffusion at x and at other states differ.
+    """
+    if equation.noise != "additive" or getattr(equation, "_diffusion", None) is None:
+        return
+    with torch.no_grad():
+        here, there = (equation.diffusion(t, y) for y in (x, 1.1 * x + 0.1))
+    if here.shape != there.shape or not torch.equal(here.nan_to_num(), there.nan_to_num()):
+        raise InvalidInput(
+            f'{equation!r} is said to have additive noise, but diffusion(t, x) changes with x; write sf.Equation(drift, diffusion, noise="diagonal")'
+        )
 
 
 def _beside(t: Time, x: Tensor) -> Tensor:

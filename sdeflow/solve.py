@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.counting import Counter, counting
-from sdeflow.equations import Equation
+from sdeflow.equations import Equation, check_additive
 from sdeflow.errors import InvalidInput, SolveFailed, finite
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
@@ -101,6 +101,7 @@ def _task(equation, solver, x, start, stop, save_at, seed, gradients, on_failure
         raise InvalidInput(f'on_failure must be "raise" or "return"; got {on_failure!r}')
     start, stop = _interval(equation, start, stop)
     _check_device(equation, x)
+    check_additive(equation, start, x)
     seeds = None
     if equation.stochastic:
         if path is None:

@@ -133,3 +133,13 @@ def test_a_diffusion_with_t_in_it_is_right_where_every_sample_has_its_own_time(b
         )
     ]
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_noise_that_is_said_to_be_additive_and_is_not_is_refused():
+    x, drift = torch.ones(2, 2), lambda t, x: -x
+    for diffusion in (lambda t, x: 0.3 * x, lambda t, x: x.square().sum(1, keepdim=True), lambda t, x: x.sqrt()):
+        wrong = sf.Equation(drift, diffusion, noise="additive", start=0.0, stop=1.0)
+        with pytest.raises(sf.InvalidInput, match='changes with x.*noise="diagonal"'):
+            sf.solve(wrong, sf.SRA1(steps=4), x)
+    for diffusion in (lambda t, x: 0.3, lambda t, x: torch.cos(t), lambda t, x: torch.full_like(x, 0.3)):
+        sf.solve(sf.Equation(drift, diffusion, noise="additive", start=0.0, stop=1.0), sf.SRA1(steps=4), x)
