@@ -315,3 +315,9 @@ def test_figures_without_matplotlib_give_the_install_command(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependency, match=r"pip install 'sdeflow\[cli\]'"):
         report._pyplot()
+
+
+@pytest.mark.parametrize("eta", ["-1", "nan"])
+def test_sample_refuses_a_strength_that_is_none(command, tmp_path: Path, eta):
+    ran = command("sample", "-p", "ring", "-s", "DDIM(steps=5)", "--eta", eta, "-o", tmp_path)
+    assert ran.returncode != 0 and "eta" in ran.stderr and not (tmp_path / "states.npz").exists()

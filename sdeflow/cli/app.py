@@ -140,7 +140,7 @@ def _add_sample(app: Any, typer: Any) -> None:
         target = strings.parse(problem, strings.problems(), "problem").build()
         forward = strings.parse(process, strings.processes(), "process").build()
         predict = target.prediction(forward, label=None if label < 0 else label)
-        equation = sf.ReverseSDE(predict, eta=eta) if eta > 0 else sf.ProbabilityFlowODE(predict)
+        equation = sf.ProbabilityFlowODE(predict) if eta == 0 else sf.ReverseSDE(predict, eta=eta)
         method = strings.read_solver(solver, "sde" if eta > 0 else "ode")
         if method is None:
             raise InvalidInput(
