@@ -228,6 +228,7 @@ FAMILIES = {
     "SASolver": "exponential",
     "Adams": "Adams",
     "FixedAdams": "Adams",
+    "StochasticAdams": "Adams",
     "Tsit5": "Runge–Kutta",
     "Dopri5": "Runge–Kutta",
 }

@@ -33,6 +33,7 @@ COMPARED = {
         "TorchSDE('srk')",
         "DDIM(eta=1.0)",
         "DPMSolverPP(order=2, sde=True)",
+        "StochasticAdams",
     ),
 }
 """What `sdeflow compare` runs when no solver is named."""

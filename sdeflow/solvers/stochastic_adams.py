@@ -80,9 +80,9 @@ class StochasticAdams(Multistep):
     @property
     def facts(self) -> Facts:
         order = min(self.predictor, self.corrector) + 1 if self.corrector else self.predictor
-        look = ", looking ahead" if self.look_ahead else ""
+        nodes = "" if (self.predictor, self.corrector) == (3, 2) else f" P{self.predictor}C{self.corrector}"
         return Facts(
-            f"Stochastic Adams P{self.predictor}C{self.corrector}{look}",
+            f"Stochastic Adams{nodes}{'' if self.look_ahead else ', not looking ahead'}",
             order, 1, min(order, 2), 1, False, ("none", "additive"), "diffusion", "here, after Xue et al. 2023",
         )  # fmt: skip
 
