@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sdeflow.diffusers.pipelines import TARGETS, require, times_of
+from sdeflow.diffusers.pipelines import require
+from sdeflow.diffusers.schedules import TARGETS, times_of
 from sdeflow.diffusers.settings import as_solver, describe, of_model
 from sdeflow.equations import ReverseSDE
 from sdeflow.errors import InvalidInput

@@ -85,9 +85,8 @@ class _Stepper(NoDense):
         tilde = z + h * clock.rhs(end, self.euler) + clock.noise(end, z) * W
         heun = 0.5 * (self.euler + tilde)
         delta = (solver.rtol * torch.maximum(self.euler.abs(), self.previous.abs())).clamp_min(solver.atol)
-        error = rms(
-            ((heun - self.euler) / delta).detach()
-        )  # gradients are those of the steps taken, not of their choice
+        # gradients are those of the steps taken, not of their choice
+        error = rms(((heun - self.euler) / delta).detach())
         change = solver.safety * error.clamp_min(1e-6) ** -solver.exponent
         return Attempt(heun, error, change, change)
 

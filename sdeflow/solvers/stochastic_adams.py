@@ -67,10 +67,9 @@ class StochasticAdams(Multistep):
             raise InvalidInput(f"StochasticAdams needs 1 ≤ predictor ≤ 4; got {self.predictor!r}")
         if isinstance(self.corrector, bool) or self.corrector not in range(5):
             raise InvalidInput(f"StochasticAdams needs 0 ≤ corrector ≤ 4; got {self.corrector!r}")
-        assert self._scales
+        self._multiscale()
 
-    @property
-    def _scales(self) -> Multiscale:
+    def _multiscale(self) -> Multiscale:
         """The clock and default grid; refuses scales that make none."""
         assert self.steps is not None
         return Multiscale(
@@ -87,10 +86,10 @@ class StochasticAdams(Multistep):
         )  # fmt: skip
 
     def times(self, task: Task) -> Tensor:
-        return self.nodes(task, self.grid if isinstance(self.grid, Grid) else self._scales)
+        return self.nodes(task, self.grid if isinstance(self.grid, Grid) else self._multiscale())
 
     def scheme(self, task: Task) -> Scheme:
-        grid, law = self._scales, Strength.constant(task.equation.eta)
+        grid, law = self._multiscale(), Strength.constant(task.equation.eta)
 
         def clock(lam: Array) -> Array:
             return grid.clock(torch.from_numpy(np.ascontiguousarray(lam))).numpy()

@@ -25,6 +25,7 @@ from sdeflow.solvers.base import Outcome, Task, need_less_noise
 from sdeflow.solvers.control import Attempt, Flow, drive, rms
 from sdeflow.solvers.exponential_weights import gauss
 from sdeflow.solvers.stochastic import NoDense, path_of
+from sdeflow.solvers.stochastic_clocks import even, rho_where
 
 if TYPE_CHECKING:
     from sdeflow.solvers.adams import Adams
@@ -90,12 +91,11 @@ class DataFlow(Flow):
 
     def clock(self, sigma: Tensor, alpha: Tensor) -> Tensor:
         """u where σ/α is this; either may be 0."""
-        return 0.25 * (sigma / (alpha + sigma / self.high) / self.low).asinh()
+        return 0.25 * even(sigma, alpha, self.low, self.high)
 
     def rho(self, u: Tensor) -> Tensor:
         """σ/α at u, ∞ at α = 0."""
-        capped = self.low * (4.0 * u).sinh()
-        return capped / (1.0 - capped / self.high).clamp_min(0.0)
+        return rho_where(4.0 * u, self.low, self.high)
 
     def t(self, u: Tensor) -> Tensor:
         process = self.equation.process

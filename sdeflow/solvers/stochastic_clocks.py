@@ -39,6 +39,17 @@ SMALL = 0.25
 """Of the state's standard deviation, what an error that is to be forgotten may be: a network says nothing of states far from its data."""
 
 
+def even(sigma: Tensor, alpha: Tensor, low: float, high: float) -> Tensor:
+    """asinh(ρ̂/low), ρ̂ = ρ/(1 + ρ/high), ρ = σ/α: even in λ where ρ lies between the scales low and high, finite at α = 0 and at σ = 0."""
+    return (sigma / (alpha + sigma / high) / low).asinh()
+
+
+def rho_where(place: Tensor, low: float, high: float) -> Tensor:
+    """ρ where `even` is this, ∞ at α = 0."""
+    capped = low * place.sinh()
+    return capped / (1.0 - capped / high).clamp_min(0.0)
+
+
 @dataclass(frozen=True)
 class Clock(Flow):
     """An SDE in its own time (chart None) or in a chart; states are flattened to (n, d)."""
@@ -89,7 +100,12 @@ class Clock(Flow):
         if not self.known or process is None:
             return u
         alpha, sigma = process.coefficients(self.t(u))[:2]
-        return (sigma / (alpha + sigma / (10.0 * self.scale)) / (0.01 * self.scale)).asinh()
+        return even(sigma, alpha, *self.between)
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """Scales that no data of this scale exceed."""
+        return 0.01 * self.scale, 10.0 * self.scale
 
     @cached_property
     def ends(self) -> tuple[float, float]:
@@ -104,8 +120,7 @@ class Clock(Flow):
             return None
         first, last = self.ends
         there = self.pace(u) + math.copysign(STRIDE, last - first)
-        capped = 0.01 * self.scale * there.clamp(min(first, last), max(first, last)).sinh()
-        rho = capped / (1.0 - capped / (10.0 * self.scale)).clamp_min(0.0)
+        rho = rho_where(there.clamp(min(first, last), max(first, last)), *self.between)
         t = process.time_of_rho(rho).clamp(min(self.start, self.stop), max(self.start, self.stop))
         return (self.u(t) - u).abs()
 

@@ -24,7 +24,7 @@ pytestmark = [
 import diffusers  # noqa: E402
 import tiny  # noqa: E402
 
-from sdeflow.diffusers.pipelines import times_of  # noqa: E402
+from sdeflow.diffusers.schedules import times_of  # noqa: E402
 
 DIGITS = Path(__file__).parents[1] / "data" / "digits"
 STEPS = 6
