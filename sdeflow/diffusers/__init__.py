@@ -5,7 +5,8 @@ Needs the extra: pip install 'sdeflow[diffusers]'. Importing this package does n
 
 from typing import Any
 
-from sdeflow.diffusers.pipelines import Loaded, from_pipeline, from_pretrained, prediction_of, require
+from sdeflow.diffusers.models import prediction_of
+from sdeflow.diffusers.pipelines import Loaded, from_pipeline, from_pretrained, require
 from sdeflow.diffusers.schedules import process_of
 
 __all__ = ["Loaded", "from_pipeline", "from_pretrained", "prediction_of", "process_of"]

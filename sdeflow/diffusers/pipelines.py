@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeflow.diffusers.models import Denoiser, FluxDenoiser, bare
 from sdeflow.diffusers.schedules import network_time, process_of, target_of, times_of
 from sdeflow.errors import InvalidInput, MissingDependency
 from sdeflow.guidance import ClassifierFree
 from sdeflow.networks import Conditioned
 from sdeflow.predictions import Prediction
-from sdeflow.processes import Process, RectifiedFlow
+from sdeflow.processes import Process
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +92,10 @@ def from_pipeline(
     """A diffusers pipeline as (process, prediction, decode).
 
     Knows unconditional and class-conditional `UNet2DModel` pipelines (DDPM, DDIM), Stable Diffusion 1.x and 2.x, SDXL,
-    DiT, Stable Diffusion 3 and Flux. Clipping and thresholding settings of the scheduler are not taken over.
+    DiT, PixArt, Stable Diffusion 3 and Flux. Clipping and thresholding settings of the scheduler are not taken over.
 
     Args:
-        pipe: the pipeline; its networks are used as they are (device, dtype).
+        pipe: the pipeline; its networks are used as they are (device, dtype, adapters).
         prompt: one text for all samples, or one a sample.
         negative_prompt: likewise; the empty text by default.
         class_labels: the class of all samples, or one a sample.
@@ -107,8 +108,8 @@ def from_pipeline(
 
     Raises:
         MissingDependency: diffusers is not installed.
-        InvalidInput: an unknown pipeline, a scheduler that does not fit the network, or guidance without a null
-            condition.
+        InvalidInput: an unknown pipeline, a scheduler that does not fit the network, guidance without a null condition, or an option
+            that the pipeline has no use for.
     """
     require()
     family = _family(pipe)
@@ -118,6 +119,14 @@ def from_pipeline(
         raise InvalidInput(
             f"{type(pipe).__name__} takes no prompt; write from_pipeline(pipe, class_labels=3), or neither"
         )
+    unused = (
+        {"class_labels": class_labels, "null_label": null_label} if family.text else {"height": height, "width": width}
+    )
+    if not family.text or family.distilled:
+        unused["negative_prompt"] = negative_prompt
+    for name, value in unused.items():
+        if value is not None:
+            raise InvalidInput(f"{type(pipe).__name__} has no use for {name}={value!r}; leave it out")
     process, target = process_of(pipe.scheduler, flow=family.flow), target_of(pipe.scheduler, flow=family.flow)
     guided = guidance_scale > 1.0 and not (family.distilled or _embeds_guidance(pipe))
     request = Request(prompt, negative_prompt, class_labels, null_label, guided, guidance_scale, height, width)
@@ -134,20 +143,6 @@ def from_pipeline(
         null = target(Conditioned(parts.network, **parts.null), process, time)
         prediction = ClassifierFree(prediction, null, guidance_scale, rescale=guidance_rescale, batched=batched)
     return Loaded(process, prediction, parts.decode, parts.event, lambda n: times_of(pipe.scheduler, n, parts.shift))
-
-
-def prediction_of(model: Any, scheduler: Any, **conditions: Any) -> Prediction:
-    """A bare diffusers model and its scheduler as a prediction.
-
-    Args:
-        model: a `UNet2DModel`, `UNet2DConditionModel` or `DiTTransformer2DModel`, called as model(x, timestep, …).
-        scheduler: gives process and prediction type.
-        conditions: further arguments of the model, one row a sample, see `Conditioned`.
-    """
-    process = process_of(scheduler)
-    flow = isinstance(process, RectifiedFlow)
-    network = Denoiser(model, int(model.config.in_channels))
-    return target_of(scheduler, flow=flow)(Conditioned(network, **conditions), process, network_time(scheduler))
 
 
 # --- the families
@@ -198,37 +193,6 @@ class Family:
     text: bool = False
     flow: bool = False
     distilled: bool = False
-
-
-class Denoiser(torch.nn.Module):
-    """model(x, t, **conditions) → its sample, without the channels of a learned variance."""
-
-    def __init__(self, model: torch.nn.Module, channels: int):
-        super().__init__()
-        self.model, self.channels = model, channels
-
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        return self.model(x, t, **conditions, return_dict=False)[0][:, : self.channels]
-
-
-class Transformer(torch.nn.Module):
-    """A transformer of keyword arguments as network(x, t, **conditions); t is divided by `unit`."""
-
-    def __init__(self, model: torch.nn.Module, unit: float = 1.0):
-        super().__init__()
-        self.model, self.unit = model, unit
-
-    def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
-        return self.model(hidden_states=x, timestep=t / self.unit, **conditions, return_dict=False)[0]
-
-
-class FluxTransformer(Transformer):
-    """Flux: positions of text and image are the same for all samples, and a guidance number may be embedded."""
-
-    def forward(self, x: Tensor, t: Tensor, guidance: Tensor | None = None, **conditions: Any) -> Tensor:
-        own = {} if guidance is None else {"guidance": guidance}
-        ids = {name: conditions.pop(name)[0] for name in ("txt_ids", "img_ids")}
-        return super().forward(x, t, **own, **ids, **conditions)
 
 
 def _unconditional(pipe: Any, request: Request) -> Parts:
@@ -303,12 +267,31 @@ def _stable_diffusion_3(pipe: Any, request: Request) -> Parts:
         return {"mu": _mu(pipe.scheduler, tokens)} if pipe.scheduler.config.get("use_dynamic_shifting") else {}
 
     return Parts(
-        Transformer(pipe.transformer),
+        Denoiser(pipe.transformer, event[0]),
         {"encoder_hidden_states": text, "pooled_projections": pooled},
         {"encoder_hidden_states": no_text, "pooled_projections": no_pooled} if request.guided else None,
         lambda z: _decode(pipe.vae, z),
         event,
         shift,
+    )
+
+
+def _pixart(pipe: Any, request: Request) -> Parts:
+    text, mask, no_text, no_mask = pipe.encode_prompt(
+        request.prompts, request.guided, request.negative, device=_device(pipe), clean_caption=True
+    )
+    event = _latent_event(pipe, pipe.transformer, request)
+    size = {}
+    if bare(pipe.transformer).use_additional_conditions:
+        high, wide = (float(side * pipe.vae_scale_factor) for side in event[1:])
+        size = {"resolution": torch.tensor([[high, wide]]), "aspect_ratio": torch.tensor([[high / wide]])}
+        size = {"added_cond_kwargs": {name: value.to(text.device, text.dtype) for name, value in size.items()}}
+    return Parts(
+        Denoiser(pipe.transformer, event[0]),
+        {"encoder_hidden_states": text, "encoder_attention_mask": mask} | size,
+        {"encoder_hidden_states": no_text, "encoder_attention_mask": no_mask} | size if request.guided else None,
+        lambda z: _decode(pipe.vae, z),
+        event,
     )
 
 
@@ -336,7 +319,7 @@ def _flux(pipe: Any, request: Request) -> Parts:
     def decode(z: Tensor) -> Tensor:
         return _decode(pipe.vae, pipe._unpack_latents(z, high * scale, wide * scale, scale))
 
-    return Parts(FluxTransformer(pipe.transformer, 1000.0), given, None, decode, (tokens, channels), shift)
+    return Parts(FluxDenoiser(pipe.transformer), given, None, decode, (tokens, channels), shift)
 
 
 def _dit(pipe: Any, request: Request) -> Parts:
@@ -362,6 +345,8 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusion3Pipeline": Family(_stable_diffusion_3, text=True, flow=True),
     "FluxPipeline": Family(_flux, text=True, flow=True, distilled=True),
     "DiTPipeline": Family(_dit),
+    "PixArtAlphaPipeline": Family(_pixart, text=True),
+    "PixArtSigmaPipeline": Family(_pixart, text=True),
 }
 """Pipelines by class name."""
 
@@ -370,9 +355,10 @@ def _family(pipe: Any) -> Family:
     for kind in type(pipe).__mro__:
         if kind.__name__ in FAMILIES:
             return FAMILIES[kind.__name__]
+    network = "transformer" if hasattr(pipe, "transformer") else "unet"
     raise InvalidInput(
         f"from_pipeline does not know {type(pipe).__name__}; it knows {', '.join(FAMILIES)}. For a bare network write "
-        "sf.diffusers.prediction_of(pipe.unet, pipe.scheduler), or sf.NoisePrediction(lambda x, t: ..., process)"
+        f"sf.diffusers.prediction_of(pipe.{network}, pipe.scheduler), or sf.NoisePrediction(lambda x, t: ..., process)"
     )
 
 

@@ -118,6 +118,16 @@ def test_flux(folder):
     assert found.calls == STEPS
 
 
+@pytest.mark.parametrize("sigma", [False, True])
+def test_pixart(folder, sigma):
+    pipe, size = tiny.pixart(folder, sigma), {"height": 16, "width": 24}
+    loaded = sf.diffusers.from_pipeline(pipe, prompt="A cat", negative_prompt="dog", guidance_scale=5.0, **size)
+    z, run = loaded.noise(1), {"guidance_scale": 5.0, "num_inference_steps": STEPS, "output_type": "pt"} | size
+    run |= {"use_resolution_binning": False, "latents": z}
+    image, _ = ours(loaded, sf.DDIM(grid=loaded.times(STEPS)), z)
+    check(image, pipe("A cat", negative_prompt="dog", **run).images, pipe("A dog", negative_prompt="dog", **run).images)
+
+
 def given_noise(monkeypatch, module, z):
     """Pipelines without a `latents` argument start from z."""
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: z)
@@ -256,6 +266,17 @@ def test_what_cannot_work_is_refused(folder):
         sf.diffusers.from_pretrained("tests/data/digits/noise", class_labels=42)
     with refused(sf.InvalidInput, match="class_labels=207"):
         sf.diffusers.from_pipeline(tiny.dit())
+    flux, text = tiny.flux(folder), {"prompt": "a cat"}
+    for pipe, unused in (
+        (flux, text | {"negative_prompt": "dog"}),
+        (flux, text | {"class_labels": 3}),
+        (flux, text | {"null_label": 3}),
+        (tiny.dit(), {"class_labels": 3, "height": 16}),
+        (tiny.dit(), {"class_labels": 3, "width": 16}),
+        (tiny.dit(), {"class_labels": 3, "negative_prompt": "dog"}),
+    ):
+        with refused(sf.InvalidInput, match=f"no use for {list(unused)[-1]}="):
+            sf.diffusers.from_pipeline(pipe, **unused)
 
 
 def test_a_missing_extra_names_the_command():

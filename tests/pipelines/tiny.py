@@ -18,6 +18,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -236,6 +239,26 @@ def dit():
         num_embeds_ada_norm=1000,
     ).eval()
     return _quiet(DiTPipeline(transformer, autoencoder(), DDIMScheduler(clip_sample=False, set_alpha_to_one=False)))
+
+
+def pixart(folder, sigma=False):
+    torch.manual_seed(8)
+    transformer = PixArtTransformer2DModel(
+        sample_size=128,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=24,
+        caption_channels=32,
+        use_additional_conditions=False if sigma else None,
+    ).eval()
+    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)).eval()
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    return _quiet(kind(tokenizer(folder), t5, autoencoder(), transformer, scheduler))
 
 
 def unconditional():
