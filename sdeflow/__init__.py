@@ -5,7 +5,7 @@ process → prediction → equation → solver → solution; see docs/index.md.
 
 from sdeflow import diffusers, problems
 from sdeflow.brownian import BrownianPath
-from sdeflow.charts import LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric
+from sdeflow.charts import BentLine, LogSNR, PlainTime, SNRTime, StraightLine, Trigonometric, chart_for
 from sdeflow.equations import Equation, ForwardSDE, ProbabilityFlowODE, ReverseSDE
 from sdeflow.errors import InvalidInput, MissingDependency, SdeflowError, SolveFailed
 from sdeflow.grids import Discrete, InChart, Karras, Multiscale, Nodes, Power, Quadratic, UniformLogSNR, UniformTime
@@ -67,6 +67,7 @@ __all__ = [
     "VE",
     "VP",
     "Adams",
+    "BentLine",
     "BrownianPath",
     "Checkpointed",
     "ClassifierFree",
@@ -132,6 +133,7 @@ __all__ = [
     "VPrediction",
     "as_torchsde",
     "bits_per_dim",
+    "chart_for",
     "data_scale",
     "decode",
     "diffusers",

@@ -130,6 +130,78 @@ class StraightLine(Chart):
 
 
 @dataclass(frozen=True)
+class BentLine(StraightLine):
+    """The straight line with a clock that has room near pure noise: u = −s − bend·ln(1 − e^{−s/bend}), s = cα/(cα+σ) + delta.
+
+    du is the straight line's where cα/(cα+σ) is above `bend`, and bend·dλ from there down to `delta`. z = c x/(cα+σ) as there.
+
+    For networks that predict the noise or the score. An error δ of ε̂ is one of δσ/α in D = (x − σε̂)/α: on the straight line dz/du
+    then has a term δ(cα+σ)/α, which grows without bound towards pure noise and which no polynomial follows; steps even in λ do. What a network
+    without such errors, or one that predicts the data or v, costs more here than on the straight line is measured in docs/charts.md.
+
+    Args:
+        c: scale of the data.
+        bend: share of the data in the state, cα/(cα+σ), below which the clock is λ's.
+        delta: error of ε̂ that is to be expected; where the share is less, D is all error, and the clock ends.
+    """
+
+    bend: float = 0.1
+    delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bend", "delta"):
+            value = getattr(self, name)
+            if not (finite(value) and value > 0):
+                raise InvalidInput(
+                    f"BentLine needs a positive and finite {name}; got {value!r}. Write sf.BentLine(c=0.5)"
+                )
+
+    def clock(self, process: Process, t: Tensor) -> Tensor:
+        data = self.c * process.alpha(t)
+        s = data / (data + process.sigma(t)) + self.delta
+        return -s - self.bend * (-torch.expm1(-s / self.bend)).log()
+
+    def _share(self, u: Tensor) -> Tensor:
+        """cα/(cα+σ) at u."""
+        soft = self.bend * torch.logaddexp(torch.zeros_like(u), -u / self.bend)
+        return (soft - self.delta).clamp(0.0, 1.0)
+
+    def time(self, process: Process, u: Tensor) -> Tensor:
+        share = self._share(u)
+        return process.time_of_rho(self.c * (1.0 - share) / share)
+
+    def coefficients(self, process: Process, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        share, pace = self._share(u), torch.sigmoid(-u / self.bend)
+        return share, self.c * (1.0 - share), -pace, self.c * pace
+
+
+FELT = 0.1
+"""Share of the data's scale that an error of D may be before it is worth room in the clock."""
+
+
+def chart_for(
+    predict: Prediction, start: float | None = None, stop: float | None = None, c: float = 0.5
+) -> StraightLine:
+    """The chart that suits a network from start to stop, which solvers take when given none.
+
+    `BentLine(c)` where its errors are many times as large in D (`Prediction.cancelled`), as those of noise and score are near pure noise; else
+    `StraightLine(c)`.
+
+    Args:
+        predict: the network.
+        start, stop: the times of the solve, in either order; default: all of the process's.
+        c: the data's scale, e.g. `sf.data_scale(equation, pilot)`.
+    """
+    _check_scale(c)
+    process = predict.process
+    times = process.t_max if start is None else start, process.t_min if stop is None else stop
+    noisy = BentLine(c)
+    cancelled = max(predict.cancelled(t).item() for t in times)
+    return noisy if noisy.delta * cancelled > FELT * c else StraightLine(c)
+
+
+@dataclass(frozen=True)
 class Trigonometric(Chart):
     """u = θ with σ/α = c·tan θ, z = cos θ · x/α: A = cos θ, S = c·sin θ. θ = π/2 is α = 0."""
 

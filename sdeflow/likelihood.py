@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdeflow.charts import Chart, StraightLine
+from sdeflow.charts import Chart, chart_for
 from sdeflow.equations import Equation, ProbabilityFlowODE
 from sdeflow.errors import InvalidInput
 from sdeflow.networks import rows_of
@@ -99,7 +99,7 @@ def log_likelihood(
         probes: number of probes a sample; from two on the standard error is known.
         seed: of the probes: an integer or one seed a sample.
         start, stop: the data and the noise end; default: the process's t_min and t_max.
-        chart: coordinates to solve in; default StraightLine(). Its c is best about half the data's
+        chart: coordinates to solve in; default `sf.chart_for` of the network. Its c is best about half the data's
             standard deviation or less: the density is made near the data end.
         prior: log-density of the state at `stop`, (batch, *event) → (batch,); default: the process's Gaussian prior, which
             ignores what is left of the data there (1e-3 to 2e-2 nats for VP).
@@ -116,7 +116,7 @@ def log_likelihood(
     process = predict.process
     start = process.t_min if start is None else float(start)
     stop = process.t_max if stop is None else float(stop)
-    bound, d, batch = (chart or StraightLine()).bind(process), x[0].numel(), x.shape[0]
+    bound, d, batch = (chart or chart_for(predict, start, stop)).bind(process), x[0].numel(), x.shape[0]
     vectors = _probes(divergence, probes, seed, x)
     columns = 1 if vectors is None else probes
 

@@ -142,6 +142,15 @@ class Prediction(ABC):
         t = _sample_times(t, x)
         return self.combine(x, t, self.process.alpha_dot(t), self.process.sigma_dot(t))
 
+    def cancelled(self, t: Time) -> Tensor:
+        """|a|σ in D = a x + b·output, float64 of t's shape: how much noise, in D's units, the output has to take out of x.
+
+        Of so much an error of the output, as a share, is an error of D. σ/α for noise and score; at most 1 for data, v, and
+        velocities of a rectified flow.
+        """
+        t = as_time(t)
+        return self.linear(t, 1.0, 0.0)[0].abs() * self.process.sigma(t)
+
     def v(self, x: Tensor, t: Time) -> Tensor:
         """The v target αε̂ − σD."""
         t = _sample_times(t, x)

@@ -8,7 +8,12 @@ import torch
 import sdeflow as sf
 
 PROCESSES = [sf.VP(), sf.CosineVP(), sf.SubVP(), sf.VE(), sf.EDM(), sf.RectifiedFlow(), sf.DiscreteVP.scaled_linear()]
-CHARTS = [sf.StraightLine(), sf.StraightLine(c=1.3), sf.Trigonometric(), sf.LogSNR(), sf.SNRTime(), sf.PlainTime()]
+CHARTS = [
+    sf.StraightLine(), sf.StraightLine(c=1.3), sf.BentLine(), sf.BentLine(c=1.3, bend=0.3, delta=0.05), sf.Trigonometric(), sf.LogSNR(),
+    sf.SNRTime(), sf.PlainTime(),
+]  # fmt: skip
+
+KINDS = ("data", "noise", "score", "v", "flow", "edm")
 
 
 def inside(process, n=50):
@@ -74,7 +79,7 @@ def test_snr_time_has_unit_noise_and_data_drift():
     assert torch.allclose(bound.drift(predict, u, bound.to_chart(t, x), 1.0), predict.data(x, t), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("chart", [sf.StraightLine(), sf.Trigonometric()], ids=repr)
+@pytest.mark.parametrize("chart", [sf.StraightLine(), sf.BentLine(), sf.Trigonometric()], ids=repr)
 def test_alpha_zero_is_regular(chart):
     process = sf.RectifiedFlow()
     bound = chart.bind(process)
@@ -90,3 +95,41 @@ def test_bad_scale_is_refused():
     for c in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(sf.InvalidInput, match="data scale"):
             sf.StraightLine(c=c)
+
+
+def test_bad_bends_are_refused():
+    for given in ({"bend": 0.0}, {"bend": math.inf}, {"delta": -0.1}, {"delta": "a"}):
+        with pytest.raises(sf.InvalidInput, match=rf"positive and finite {next(iter(given))}.*BentLine\(c=0\.5\)"):
+            sf.BentLine(**given)
+
+
+def test_bent_line_is_lambda_near_noise_and_the_straight_line_near_data():
+    process = sf.VP()
+    bent, line = sf.BentLine(bend=0.05, delta=1e-6).bind(process), sf.StraightLine().bind(process)
+    for rho, pace in ((140.0, 0.05), (70.0, 0.05), (1.0, None), (0.1, None)):
+        lam = torch.tensor([-0.01, 0.01], dtype=torch.float64) - math.log(rho)
+        t = process.time(lam)
+        moved = bent.u(t).diff()
+        expected = line.u(t).diff() if pace is None else pace * -lam.diff()
+        assert moved.item() == pytest.approx(expected.item(), rel=0.1 if pace else 1e-2)
+
+
+def test_the_chart_bends_for_networks_that_cancel_noise():
+    problem, vp = sf.problems.ring(), sf.VP()
+    bent = {kind: type(sf.chart_for(problem.prediction(vp, kind=kind))) is sf.BentLine for kind in KINDS}
+    assert bent == {"data": False, "noise": True, "score": True, "v": False, "flow": False, "edm": False}
+    noise = problem.prediction(vp, kind="noise")
+    assert sf.chart_for(noise, c=2.0) == sf.BentLine(c=2.0)
+    # from here σ/α is 2: D = (x − σε̂)/α is no worse than ε̂
+    assert sf.chart_for(noise, start=vp.time(torch.tensor(-math.log(2.0))).item()) == sf.StraightLine()
+    guided = sf.ClassifierFree(noise, noise, scale=2.0)
+    assert sf.chart_for(guided) == sf.BentLine()
+    ode, x = sf.ProbabilityFlowODE(noise), vp.prior((8, 2), seed=1, dtype=torch.float64)
+    for solver in (sf.FixedAdams, sf.Adams, sf.TorchDiffEq, sf.RungeKutta, sf.Tsit5):
+        given = {"steps": 8} if solver in (sf.FixedAdams, sf.RungeKutta) else {}
+        named = ("rk4",) if solver is sf.RungeKutta else ("dopri5",) if solver is sf.TorchDiffEq else ()
+        default, asked, line = (
+            sf.solve(ode, solver(*named, **given, chart=chart), x).x
+            for chart in (None, sf.BentLine(), sf.StraightLine())
+        )
+        assert torch.equal(default, asked) and not torch.equal(default, line)

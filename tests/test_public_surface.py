@@ -16,7 +16,7 @@ PUBLIC = {
     "predictions": "DataPrediction EDMPrediction FlowPrediction NoisePrediction Prediction ScorePrediction VPrediction",
     "networks": "Checkpointed ClassifierFree ClassifierGuidance Conditioned Inpaint",
     "equations": "Equation ForwardSDE ProbabilityFlowODE ReverseSDE",
-    "charts": "LogSNR PlainTime SNRTime StraightLine Trigonometric",
+    "charts": "BentLine LogSNR PlainTime SNRTime StraightLine Trigonometric chart_for",
     "grids": "Discrete InChart Karras Multiscale Nodes Power Quadratic UniformLogSNR UniformTime",
     "solvers": (
         "Adams DDIM DDPM DEIS DPMSolver DPMSolverPP Dopri5 EDMHeun ERSDE EulerAncestral FixedAdams Restart RungeKutta "

@@ -56,7 +56,7 @@ class Adams(Solver):
         rtol, atol: the error at the end aimed at, atol + rtol·|x| (RMS over a sample's elements, RMS over samples).
         max_order: highest k, 1 to 12.
         max_steps: tries of a step, accepted or not, before a sample stops with status MAX_STEPS.
-        chart: None for StraightLine() on diffusion equations and t on any other ODE.
+        chart: None for `sf.chart_for` of the network on diffusion equations and t on any other ODE.
         coupled: one step size and order for the whole batch, by its largest error: for networks that take one scalar t.
         dense: keep the steps for `solution.at(t)`, by the corrector's own polynomial.
         error_estimate: solve a second time, 2.5 times more loosely, and report the difference over 1.5 as each sample's
@@ -147,7 +147,7 @@ def _warn_of_scale(flow: Flow, outcome: Outcome) -> None:
     if rho < 0.1 * scale and not 1.0 / FAR < scale / flow.scale < FAR:
         warnings.warn(
             f"the samples' scale is {scale:.2g}, that of the default chart {flow.scale:g}: errors may be many times the "
-            f"tolerance. Write chart=sf.StraightLine(c={scale:.2g}), or c=sf.data_scale(equation, pilot)",
+            f"tolerance. Write chart=sf.{type(flow.chart.chart).__name__}(c={scale:.2g}), or c=sf.data_scale(equation, pilot)",
             stacklevel=4,
         )
 

@@ -28,7 +28,7 @@ class _Pair(Solver):
     Args:
         rtol, atol: a step's error may be atol + rtol·|x| (RMS over a sample's elements).
         max_steps: tries of a step before a sample stops with status MAX_STEPS.
-        chart: None for StraightLine() on diffusion equations and t on any other ODE; `PlainTime()` for t on all.
+        chart: None for `sf.chart_for` of the network on diffusion equations and t on any other ODE; `PlainTime()` for t on all.
         coupled: one step size for the whole batch, by its largest error.
         dense: keep the steps for `solution.at(t)`, by a quartic through both ends, their slopes and the middle.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -173,7 +173,6 @@ class EDMHeun(DiffusionMethod):
     churn_min: float = 0.0
     churn_max: float = math.inf
     churn_noise: float = 1.0
-    default_grid: ClassVar[Grid] = Karras()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,8 +189,8 @@ class EDMHeun(DiffusionMethod):
         name = "EDM Heun with churn" if self.churn else "EDM Heun"
         return Facts(name, order, None, weak, 2, False, noise, "diffusion", "Karras et al. 2022")
 
-    def times(self, task: Task) -> Tensor:
-        return _edm_nodes(self, task)
+    def rule(self, task: Task) -> Grid:
+        return _edm_rule(task)
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         points, heun, plan = points_of(task, times, self.denoise), _Heun(), []
@@ -216,12 +215,11 @@ def _raised(process: Process, points: Points, gamma: float) -> Points:
     return Points.at(process, t.clamp(max=process.t_max))
 
 
-def _edm_nodes(solver: EDMHeun | Restart, task: Task) -> Tensor:
-    # ρ is infinite where α = 0, and the grid in it with ρ
+def _edm_rule(task: Task) -> Grid:
     process = task.equation.process
-    if solver.grid is None and process is not None and process.alpha(task.start) < 1e-6 * process.sigma(task.start):
-        return solver.nodes(task, InChart())
-    return DiffusionMethod.times(solver, task)
+    assert process is not None
+    # ρ is infinite where α = 0, and the grid in it with ρ
+    return InChart() if process.alpha(task.start) < 1e-6 * process.sigma(task.start) else Karras()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +234,6 @@ class Restart(DiffusionMethod):
     """
 
     loops: tuple[tuple[float, float, int, int], ...] = ((0.06, 0.3, 2, 3),)
-    default_grid: ClassVar[Grid] = Karras()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,10 +248,13 @@ class Restart(DiffusionMethod):
     def facts(self) -> Facts:
         return Facts("Restart", None, None, 2, None, False, ("additive",), "diffusion", "Xu et al. 2023")
 
+    def rule(self, task: Task) -> Grid:
+        return _edm_rule(task)
+
     def times(self, task: Task) -> Tensor:
         process = task.equation.process
         assert process is not None
-        times = _edm_nodes(self, task)
+        times = super().times(task)
         lows = process.time_of_rho(
             torch.tensor(sorted({loop[0] for loop in self.loops}, reverse=True), dtype=torch.float64)
         )

@@ -14,7 +14,7 @@ from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, Nodes
 from sdeflow.processes import Time, as_time, expand
 from sdeflow.solution import Status
-from sdeflow.solvers.base import Task
+from sdeflow.solvers.base import Task, chart_of
 
 PATIENCE = 4
 """Attempts in a row, each step a fifth of the one before, after which a non-finite sample is given up."""
@@ -128,8 +128,8 @@ class Clock:
     bound: BoundChart | None
 
     @classmethod
-    def of(cls, task: Task, chart: Chart) -> Clock:
-        """The chart's coordinates on equations with a prediction, else t.
+    def of(cls, task: Task, chart: Chart | None) -> Clock:
+        """The chart's coordinates on equations with a prediction (None: those of the chart that suits it), else t.
 
         Raises:
             InvalidInput: the clock or the scale is infinite at an end of the interval.
@@ -137,6 +137,7 @@ class Clock:
         process = task.equation.process
         if task.equation.predict is None or process is None or isinstance(chart, PlainTime):
             return cls(task, None)
+        chart = chart_of(task, chart)
         bound = chart.bind(process)
         for t in (task.start, task.stop):
             if not bool(bound.u(t).isfinite() & bound.m(t).isfinite()):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sdeflow.brownian import BrownianPath
-from sdeflow.charts import Chart
+from sdeflow.charts import Chart, chart_for
 from sdeflow.counting import Counter
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
@@ -168,6 +168,14 @@ def check_path(task: Task, strict: bool = True) -> None:
         )
 
 
+def chart_of(task: Task, chart: Chart | None) -> Chart:
+    """The chart asked for, or the one that suits the task's network."""
+    if chart is not None:
+        return chart
+    assert task.equation.predict is not None
+    return chart_for(task.equation.predict, task.start, task.stop)
+
+
 def need_less_noise(task: Task) -> None:
     """Refuse a stochastic diffusion equation solved from data to noise, for methods whose noise is that of the way down.
 
@@ -196,7 +204,6 @@ class FixedStep(Solver):
 
     steps: int | None = None
     grid: Grid | Tensor | list[float] | tuple[float, ...] | None = None
-    default_grid: ClassVar[Grid] = UniformTime()
 
     def __post_init__(self) -> None:
         grid = self.grid
@@ -215,13 +222,14 @@ class FixedStep(Solver):
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InvalidInput(f"steps must be a positive integer (steps, not time points); got {self.steps!r}")
 
+    def rule(self, task: Task) -> Grid:
+        """The grid of a solver that was given none."""
+        return UniformTime()
+
     def times(self, task: Task) -> Tensor:
         """The nodes of this solve: float64 on the CPU, start first, save_at merged in."""
-        return self.nodes(task, self.grid if isinstance(self.grid, Grid) else self.default_grid)
-
-    def nodes(self, task: Task, grid: Grid) -> Tensor:
-        """The nodes a grid gives, save_at merged in."""
         assert self.steps is not None
+        grid = self.grid if isinstance(self.grid, Grid) else self.rule(task)
         times = grid.times(task.equation.process, task.start, task.stop, self.steps)
         return times if task.save_at is None else merge(times, task.save_at)
 

@@ -23,7 +23,7 @@ from sdeflow.errors import InvalidInput, finite
 from sdeflow.processes import expand
 from sdeflow.processes.base import remembering
 from sdeflow.solution import Status
-from sdeflow.solvers.base import Outcome, Task
+from sdeflow.solvers.base import Outcome, Task, chart_of
 
 FIRST = 0.35
 TRIES = 12
@@ -74,7 +74,7 @@ class Flow:
 
     @staticmethod
     def of(task: Task, chart: Chart | None, one_time: bool = False) -> Flow:
-        """The task's flow; `chart` None means StraightLine() for a diffusion equation and t for any other."""
+        """The task's flow; `chart` None means the chart that suits the network of a diffusion equation, t for any other."""
         equation = task.equation
         diffusion = equation.process is not None and equation.predict is not None
         if chart is not None and not diffusion:
@@ -85,7 +85,7 @@ class Flow:
             equation, predict = copy.copy(equation), copy.copy(equation.predict)
             equation.process = predict.process = remembering(predict.process)
             equation.predict = predict
-        bound = (chart or StraightLine()).bind(equation.process) if equation.process and diffusion else None
+        bound = chart_of(task, chart).bind(equation.process) if equation.process and diffusion else None
         return Flow(equation, bound, task.start, task.stop, task.x.shape[1:], one_time)
 
     @property

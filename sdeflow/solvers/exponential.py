@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, UniformLogSNR
-from sdeflow.solvers.base import Facts, Task
+from sdeflow.solvers.base import Facts, Task, chart_of
 from sdeflow.solvers.exponential_steps import Scheme, Strengths, multistep_plan, points_of, singlestep_plan
 from sdeflow.solvers.exponential_weights import Strength
 from sdeflow.solvers.linear import LinearMethod, Plan
@@ -37,7 +37,9 @@ class DiffusionMethod(LinearMethod):
     """
 
     denoise: bool = False
-    default_grid: ClassVar[Grid] = InChart()
+
+    def rule(self, task: Task) -> Grid:
+        return InChart(chart_of(task, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,14 +220,12 @@ class DPMSolver(DiffusionMethod):
         o = self.order
         return Facts(f"DPM-Solver-{o}", o, None, None, o, False, ("none",), "diffusion", "Lu et al. 2022a")
 
-    def times(self, task: Task) -> Tensor:
+    def rule(self, task: Task) -> Grid:
         process = task.equation.process
-        if self.grid is None and process is not None:
-            # λ is infinite, or all but, where there is no signal or no noise at all
-            lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
-            if bool((lam.abs() < FARTHEST).all()):
-                return self.nodes(task, UniformLogSNR())
-        return super().times(task)
+        assert process is not None
+        # λ is infinite, or all but, where there is no signal or no noise at all
+        lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
+        return UniformLogSNR() if bool((lam.abs() < FARTHEST).all()) else super().rule(task)
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         return singlestep_plan("noise", self.order, task, points_of(task, times, self.denoise))

@@ -6,21 +6,20 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.charts import Chart, PlainTime, StraightLine, Trigonometric
+from sdeflow.charts import BentLine, Chart, PlainTime, StraightLine, Trigonometric
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformTime
 from sdeflow.processes import Process
-from sdeflow.solvers.base import Facts, Task
+from sdeflow.solvers.base import Facts, Task, chart_of
 from sdeflow.solvers.linear import DriftCalls, Evaluations, LinearMethod, Plan, Stage
 
 HIGHEST_ORDER = 8
-_CHARTS = {chart.__name__: chart for chart in (StraightLine, Trigonometric, PlainTime)}
+_CHARTS = {chart.__name__: chart for chart in (StraightLine, BentLine, Trigonometric, PlainTime)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class FixedAdams(LinearMethod):
         corrector: number of nodes of the corrector, at least 2; 0 for none. Default: the order (but at least 2).
         steps: number of steps, which is the number of evaluations.
         grid: a rule for placing them, or the times themselves; default uniform in the chart's clock.
-        chart: None for `StraightLine()` on diffusion equations and t on all others; `PlainTime()` for t on all.
+        chart: None for `sf.chart_for` of the network on diffusion equations and t on all others; `PlainTime()` for t on all.
 
     Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, III.1 and III.5.
     """
@@ -48,7 +47,6 @@ class FixedAdams(LinearMethod):
     order: int = 3
     corrector: int | None = None
     chart: Chart | None = None
-    default_grid: ClassVar[Grid] = UniformTime()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,11 +82,11 @@ class FixedAdams(LinearMethod):
         """Write order, corrector, chart and times to a small JSON file.
 
         Raises:
-            InvalidInput: the grid is a rule, not times, or the chart is none of StraightLine, Trigonometric, PlainTime.
+            InvalidInput: the grid is a rule, not times, or the chart is none of StraightLine, BentLine, Trigonometric, PlainTime.
         """
         if not isinstance(self.grid, Nodes) or type(self.chart) not in _CHARTS.values():
             raise InvalidInput(
-                "only a solver with its own times and a StraightLine, Trigonometric or PlainTime chart can be saved, such as "
+                "only a solver with its own times and a StraightLine, BentLine, Trigonometric or PlainTime chart can be saved, such as "
                 "the result of sf.tune; write FixedAdams(grid=times, chart=sf.StraightLine())"
             )
         chart = {"name": type(self.chart).__name__, **vars(self.chart)}
@@ -123,10 +121,8 @@ class FixedAdams(LinearMethod):
         if task.equation.predict is None and self.chart is not None:
             raise InvalidInput("chart needs a diffusion equation; leave it out for an Equation of your own")
 
-    def times(self, task: Task) -> Tensor:
-        if self.grid is None and task.equation.predict is not None:
-            return self.nodes(task, InChart(self.chart or StraightLine()))
-        return super().times(task)
+    def rule(self, task: Task) -> Grid:
+        return UniformTime() if task.equation.predict is None else InChart(chart_of(task, self.chart))
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         assert self.corrector is not None
@@ -137,7 +133,7 @@ class FixedAdams(LinearMethod):
             return Plan(calls, steps)
         process = task.equation.process
         assert process is not None
-        chart = (self.chart or StraightLine()).bind(process)
+        chart = chart_of(task, self.chart).bind(process)
         u, m = chart.u(times), chart.m(times)
         p, q = chart.drift_weights(u[:-1])
         scale = (m[:-1] / m[1:]).tolist()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.charts import Chart, StraightLine
+from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, UniformTime
-from sdeflow.solvers.base import Facts, Task
+from sdeflow.solvers.base import Facts, Task, chart_of
 from sdeflow.solvers.linear import DriftCalls, Evaluations, LinearMethod, Plan, Stage
 from sdeflow.solvers.tableaux import TABLEAUX, Tableau
 
@@ -25,7 +24,7 @@ class RungeKutta(LinearMethod):
         method: "euler", "midpoint", "heun", "kutta3", "rk4", "dopri5" or "tsit5"; or a `Tableau` of one's own.
         steps: number of steps.
         grid: a rule for placing them, or the times themselves; default uniform in the chart's clock.
-        chart: None for `StraightLine()` on diffusion equations and t on all others; `PlainTime()` for t on all.
+        chart: None for `sf.chart_for` of the network on diffusion equations and t on all others; `PlainTime()` for t on all.
         denoise: end with a step from `stop` to σ = 0, where x = D (diffusion equations only); one evaluation, counted.
 
     Example:
@@ -35,7 +34,6 @@ class RungeKutta(LinearMethod):
     method: str | Tableau = "rk4"
     chart: Chart | None = None
     denoise: bool = False
-    default_grid: ClassVar[Grid] = UniformTime()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,10 +59,8 @@ class RungeKutta(LinearMethod):
                 "chart and denoise need a diffusion equation; leave them out for an Equation of your own"
             )
 
-    def times(self, task: Task) -> Tensor:
-        if self.grid is None and task.equation.predict is not None:
-            return self.nodes(task, InChart(self.chart or StraightLine()))
-        return super().times(task)
+    def rule(self, task: Task) -> Grid:
+        return UniformTime() if task.equation.predict is None else InChart(chart_of(task, self.chart))
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         return _in_time(self.tableau, task, times) if task.equation.predict is None else _in_chart(self, task, times)
@@ -91,7 +87,7 @@ def _in_chart(solver: RungeKutta, task: Task, times: Tensor) -> Plan:
     # z = m x: x_i = (m_s x_s + h Σ a_ij V_j)/m_i, V = dz/du = p·D + q·ε̂
     tableau, process = solver.tableau, task.equation.process
     assert process is not None
-    chart = (solver.chart or StraightLine()).bind(process)
+    chart = chart_of(task, solver.chart).bind(process)
     u = chart.u(times)
     h, c = u.diff(), torch.tensor((*tableau.c, 1.0), dtype=torch.float64)
     inner = u[:-1, None] + h[:, None] * c

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, Multiscale
@@ -17,6 +16,8 @@ from sdeflow.solvers.exponential_weights import Array, Strength
 
 FINEST, REACH = (0.004, 0.03), 0.13
 """The smallest scale n steps look after is REACH/n, between these: for n = 6 those under 0.02 cost the others, for n = 20 they are to be had."""
+COARSEST = 2.0, 50.0
+"""The largest scale, that of the data, or where an error of ε̂ of some hundredths hides D: with D = (x − σε̂)/α off by δσ/α, from σ/α = 1/δ."""
 RESOLVED, UNRESOLVED = 0.4, 0.8
 """Steps in λ up to which a transition of the data (10 to 90 % of it take 2.2 in λ) is told by all nodes, and from which by two."""
 
@@ -46,7 +47,8 @@ class StochasticAdams(Multistep):
         look_ahead: ask for D there; False is the same method with D at x_n.
         fitted: do the two things just said; False has as many nodes in every step as asked for, and plain polynomials.
         low, high: scales of the data between which steps are even in λ, see `Multiscale`; they set u and the default grid, and
-            what is fitted. low None is 0.13/steps, from 0.004 to 0.03: fewer steps do not reach down as far.
+            what is fitted. low None is 0.13/steps, from 0.004 to 0.03: fewer steps do not reach down as far. high None is 2, and for networks
+            that predict the noise or the score σ/α at the start, up to 50: what they say of the data is off by that many times their error.
         steps: number of steps, which is the number of evaluations.
         grid: another rule for placing them, or the times themselves.
 
@@ -59,7 +61,7 @@ class StochasticAdams(Multistep):
     look_ahead: bool = True
     fitted: bool = True
     low: float | None = None
-    high: float = 2.0
+    high: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,14 +69,19 @@ class StochasticAdams(Multistep):
             raise InvalidInput(f"StochasticAdams needs 1 ≤ predictor ≤ 4; got {self.predictor!r}")
         if isinstance(self.corrector, bool) or self.corrector not in range(5):
             raise InvalidInput(f"StochasticAdams needs 0 ≤ corrector ≤ 4; got {self.corrector!r}")
-        self._multiscale()
+        self._between(2.0)
 
-    def _multiscale(self) -> Multiscale:
-        """The clock and default grid; refuses scales that make none."""
+    def _between(self, high: float) -> Multiscale:
+        """The clock and default grid, up to `high` where no other scale was asked for; refuses scales that make none."""
         assert self.steps is not None
-        return Multiscale(
-            min(max(REACH / self.steps, FINEST[0]), FINEST[1]) if self.low is None else self.low, self.high
-        )
+        low = min(max(REACH / self.steps, FINEST[0]), FINEST[1]) if self.low is None else self.low
+        return Multiscale(low, high if self.high is None else self.high)
+
+    def _multiscale(self, task: Task) -> Multiscale:
+        """That of a task: the error of a network's noise is like data of a large scale."""
+        assert task.equation.predict is not None
+        cancelled = max(task.equation.predict.cancelled(t).item() for t in (task.start, task.stop))
+        return self._between(min(max(COARSEST[0], cancelled), COARSEST[1]))
 
     @property
     def facts(self) -> Facts:
@@ -85,11 +92,11 @@ class StochasticAdams(Multistep):
             order, 1, min(order, 2), 1, False, ("none", "additive"), "diffusion", "here, after Xue et al. 2023",
         )  # fmt: skip
 
-    def times(self, task: Task) -> Tensor:
-        return self.nodes(task, self.grid if isinstance(self.grid, Grid) else self._multiscale())
+    def rule(self, task: Task) -> Grid:
+        return self._multiscale(task)
 
     def scheme(self, task: Task) -> Scheme:
-        grid, law = self._multiscale(), Strength.constant(task.equation.eta)
+        grid, law = self._multiscale(task), Strength.constant(task.equation.eta)
 
         def clock(lam: Array) -> Array:
             return grid.clock(torch.from_numpy(np.ascontiguousarray(lam))).numpy()

@@ -16,7 +16,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from sdeflow.charts import Chart, StraightLine
+from sdeflow.charts import Chart
 from sdeflow.counting import CallLimitReached
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, UniformTime
@@ -34,7 +34,7 @@ from sdeflow.solvers.backends import (
     parameters_of,
     rows,
 )
-from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
+from sdeflow.solvers.base import Facts, Outcome, Solver, Task, chart_of, finite_rows, merge
 
 
 class Method(NamedTuple):
@@ -82,7 +82,7 @@ class TorchDiffEq(Solver):
         rtol, atol: tolerances of an adaptive method (and of implicit_adams' iteration): |e| ≤ atol + rtol·|z|.
         steps: number of steps of a fixed method.
         grid: a rule for placing them, or the times themselves; default uniform in the chart's clock.
-        chart: None for `StraightLine()` on diffusion equations and t on all others; `PlainTime()` for t on all.
+        chart: None for `sf.chart_for` of the network on diffusion equations and t on all others; `PlainTime()` for t on all.
         norm: "sample" for the largest of the samples' RMS errors, "batch" for the library's one RMS over all.
         exact_outputs: end steps at every `save_at`; False interpolates there by the library's quartic, which costs no
             evaluations but is of fourth order only. The end of the interval is never interpolated.
@@ -148,7 +148,7 @@ class TorchDiffEq(Solver):
             raise InvalidInput("chart needs a diffusion equation; leave it out for an Equation of your own")
 
     def integrate(self, task: Task) -> Outcome:
-        clock = Clock.of(task, self.chart or StraightLine())
+        clock = Clock.of(task, self.chart)
         # half-precision states are summed, and their times told, in float32
         wide = task.x.dtype if task.x.dtype.itemsize >= 4 else torch.float32
         z = clock.enter(task.x.to(wide))
@@ -214,7 +214,7 @@ class TorchDiffEq(Solver):
         assert self.steps is not None
         grid = self.grid
         if grid is None:
-            grid = UniformTime() if task.equation.predict is None else InChart(self.chart or StraightLine())
+            grid = UniformTime() if task.equation.predict is None else InChart(chart_of(task, self.chart))
         assert isinstance(grid, Grid)
         nodes = grid.times(task.equation.process, task.start, task.stop, self.steps)
         return nodes if task.save_at is None else merge(nodes, times)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeflow.charts import StraightLine
+from sdeflow.charts import StraightLine, chart_for
 from sdeflow.equations import ReverseSDE
 from sdeflow.processes import Process
 from sdeflow.solvers.fixed_adams import integrals
@@ -25,7 +25,8 @@ class Paths:
     Attributes:
         process, start, stop: of the solve.
         end: x at stop, (n, d), float64.
-        clock: u of the nodes in `StraightLine()`, decreasing, (M + 1,).
+        chart: that of the solve.
+        clock: u of the nodes in it, decreasing, (M + 1,).
         data, noise: D and the ε̂ of the corrected state, (M + 1, n·d).
         scale: RMS over components of the standard deviation of the ends.
     """
@@ -34,6 +35,7 @@ class Paths:
     start: float
     stop: float
     end: np.ndarray
+    chart: StraightLine
     clock: np.ndarray
     data: np.ndarray
     noise: np.ndarray
@@ -50,7 +52,8 @@ class Paths:
         assert process is not None and predict is not None
         start, stop = float(process.t_max), float(process.t_min)
         t = PLAIN.times(process, start, stop, calls - 1, 1.0)
-        chart = StraightLine().bind(process)
+        line = chart_for(predict, start, stop)
+        chart = line.bind(process)
         u = chart.u(t).numpy()
         dA, dS = (c.tolist() for c in chart.drift_weights(chart.u(t)))
         alpha, sigma, m = process.alpha(t).tolist(), process.sigma(t).tolist(), chart.m(t).tolist()
@@ -73,11 +76,11 @@ class Paths:
         end = chosen(z / m[-1], kept)
         scale = float(np.sqrt(end.var(0, ddof=1).mean()))
         flat = [np.stack(v).reshape(calls, -1) for v in (data, noise)]
-        return cls(process, start, stop, end, u, flat[0], flat[1], scale if scale > 1e-6 else 1e-6)
+        return cls(process, start, stop, end, line, u, flat[0], flat[1], scale if scale > 1e-6 else 1e-6)
 
     def at(self, t: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """D and ε̂ at times t, (t, n, d) each, by local Lagrange interpolation in the clock."""
-        u = StraightLine().bind(self.process).u(t).numpy()
+        u = self.chart.bind(self.process).u(t).numpy()
         first = np.searchsorted(-self.clock, -u) - LOCAL // 2
         at = np.clip(first, 0, self.clock.size - LOCAL)[:, None] + np.arange(LOCAL)
         nodes = self.clock[at]

@@ -158,9 +158,9 @@ def test_fitting_makes_long_steps_right_on_the_flow_too(problem, gain, process):
 
 
 def test_more_steps_look_after_smaller_scales():
-    low = [sf.StochasticAdams(steps=n)._multiscale().low for n in (3, 6, 13, 26, 100)]
+    low = [sf.StochasticAdams(steps=n)._between(2.0).low for n in (3, 6, 13, 26, 100)]
     assert low == pytest.approx([0.03, 0.13 / 6, 0.01, 0.005, 0.004])
-    assert sf.StochasticAdams(steps=6, low=0.05)._multiscale().low == 0.05
+    assert sf.StochasticAdams(steps=6, low=0.05)._between(2.0).low == 0.05
 
 
 def test_the_derivatives_of_the_variance_are_right():
