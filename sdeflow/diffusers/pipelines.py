@@ -119,9 +119,9 @@ def from_pipeline(
         raise InvalidInput(
             f"{type(pipe).__name__} takes no prompt; write from_pipeline(pipe, class_labels=3), or neither"
         )
-    unused = (
-        {"class_labels": class_labels, "null_label": null_label} if family.text else {"height": height, "width": width}
-    )
+    unused: dict[str, Any] = {"class_labels": class_labels, "null_label": null_label}
+    if not family.text:
+        unused = {"height": height, "width": width}
     if not family.text or family.distilled:
         unused["negative_prompt"] = negative_prompt
     for name, value in unused.items():
