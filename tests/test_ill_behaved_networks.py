@@ -115,6 +115,39 @@ def test_in_inference_mode_a_network_gets_a_copy_to_write_into():
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "solver"),
+    [
+        (sf.ProbabilityFlowODE, sf.Adams(dense=True)),
+        (sf.ReverseSDE, sf.Adams(rtol=0.1, atol=0.1)),
+        (sf.ReverseSDE, sf.ShARK(steps=4)),
+        (sf.ProbabilityFlowODE, sf.UniPC(steps=4)),
+    ],
+)
+def test_autocast_is_for_the_network_alone(kind, solver, gradients):
+    """A network that multiplies no matrices computes the same in it, and so must the solver."""
+    predict, x = sf.NoisePrediction(lambda x, t: torch.sin(3 * x) + x, VP), VP.prior((4, 6), seed=0)
+
+    def solved():
+        found = sf.solve(kind(predict), solver, x, gradients=gradients)
+        return found.x, found.at(0.4) if found.dense else found.x
+
+    wanted = solved()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = solved()
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_general_noise_under_autocast():
+    equation = sf.Equation(lambda t, x: -x, lambda t, x: x[..., None] * torch.ones(6, 3), noise="general")
+    x = VP.prior((4, 6), seed=0)
+    wanted = sf.solve(equation, sf.EulerMaruyama(steps=8), x, start=0.0, stop=1.0).x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sf.solve(equation, sf.EulerMaruyama(steps=8), x, start=0.0, stop=1.0).x, wanted)
+
+
 def cosine():
     return sf.Process(
         alpha=lambda t: torch.cos(0.5 * math.pi * t),

@@ -281,6 +281,14 @@ def output_nodes(times: Tensor, save_at: Tensor | None) -> list[int]:
     return (times[:, None] - save_at[None, :]).abs().argmin(0).tolist()
 
 
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a b, (n, m, d), of a (n, m, k) and b (n, k, d), in their own dtype: torch.autocast is for the network."""
+    if not torch.is_autocast_enabled(a.device.type):
+        return torch.bmm(a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a, b)
+
+
 def finite_rows(x: Tensor) -> Tensor:
     """True for every sample whose elements are all finite, (batch,) bool."""
     return x.isfinite().flatten(1).all(1)

@@ -25,6 +25,7 @@ from sdeflow.solvers.base import (
     Outcome,
     Solver,
     Task,
+    bmm,
     check_path,
     finite_rows,
     merge,
@@ -458,4 +459,4 @@ def _need_calculus(solver: PathSolver, task: Task, calculus: str) -> None:
 
 def _times(g: Tensor, W: Tensor) -> Tensor:
     """g W: elementwise, or (n, d, m) times (n, m)."""
-    return torch.einsum("ndm,nm->nd", g, W) if g.ndim == 3 else g * W
+    return bmm(g, W[..., None])[..., 0] if g.ndim == 3 else g * W

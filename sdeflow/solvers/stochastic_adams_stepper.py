@@ -21,7 +21,7 @@ from sdeflow.brownian import BrownianPath
 from sdeflow.charts import StraightLine, Trigonometric
 from sdeflow.errors import InvalidInput
 from sdeflow.processes import expand
-from sdeflow.solvers.base import Outcome, Task, need_less_noise
+from sdeflow.solvers.base import Outcome, Task, bmm, need_less_noise
 from sdeflow.solvers.control import Attempt, Flow, drive, rms
 from sdeflow.solvers.exponential_weights import gauss
 from sdeflow.solvers.stochastic import NoDense, path_of
@@ -243,7 +243,7 @@ class StochasticAdamsStepper(NoDense):
         s[:, : self.U.shape[1]] = (self.U - u[:, None]) / step[:, None]
         s = torch.where(back < self.count[:, None], s, -1e3 - back)  # nodes there are not: nothing weighs on them
         near = weights(s.T.contiguous(), self.k, exact)
-        Y = torch.bmm(near.rows[:, : self.F.shape[1]].permute(2, 0, 1).to(z.dtype), self.F)
+        Y = bmm(near.rows[:, : self.F.shape[1]].permute(2, 0, 1).to(z.dtype), self.F)
         W, _ = self.path.increment(exact.begin, exact.end)
         noise = W.flatten(1).to(z.dtype) * expand(exact.b, z)
         z_star = expand(exact.a, z) * z + Y[:, 0] + noise
