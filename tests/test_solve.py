@@ -212,3 +212,31 @@ def test_a_path_that_is_not_the_samples_own_is_refused(solver, path):
 def test_a_chart_is_refused_on_an_equation_without_a_process(solver):
     with pytest.raises(sf.InvalidInput, match="chart.*diffusion equation"):
         sf.solve(sf.Equation(lambda t, x: -x), solver, torch.ones(2, 2), start=0.0, stop=1.0)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        sf.Adams(),
+        sf.Adams(coupled=True),
+        sf.Adams(global_error=True),
+        sf.Tsit5(),
+        sf.TorchDiffEq("dopri5", rtol=1e-4, atol=1e-4),
+        sf.UniPC(steps=5),
+        sf.SRA1(rtol=0.1, atol=0.1),
+        sf.ExponentialShARK(rtol=0.1, atol=0.1),
+        sf.StochasticAdams(steps=5),
+        sf.TorchSDE("srk", steps=5),
+    ],
+    ids=repr,
+)
+def test_states_at_the_ends_of_the_interval(solver):
+    process = sf.VP()
+    predict = sf.problems.ring().prediction(process)
+    equation = sf.ProbabilityFlowODE(predict) if "none" in solver.facts.noise else sf.ReverseSDE(predict)
+    x = process.prior((3, 2), seed=0, dtype=torch.float64)
+    for save_at in ([process.t_min], [process.t_max], [process.t_max, process.t_min]):
+        found = sf.solve(equation, solver, x, save_at=save_at)
+        assert found.t.tolist() == save_at
+        wanted = torch.stack([x if t == process.t_max else found.x for t in save_at])
+        torch.testing.assert_close(found.states, wanted, rtol=0.0, atol=1e-15)

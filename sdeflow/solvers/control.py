@@ -347,7 +347,7 @@ class _Run:
         self.states = None if task.save_at is None else z.new_full((len(self.times), n, z.shape[1]), torch.nan)
         zero = task.constant(0)
         self.now = _Under(torch.arange(n, device=device), self.u, z, self.u, zero, zero, zero)
-        self.single, self.turn = len(self.times) == 1, 0
+        self.single, self.turn = self.states is None, 0
         self._begin()
 
     def _begin(self) -> None:
