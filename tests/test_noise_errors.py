@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sdeflow as sf
+from sdeflow.solvers import stochastic_adams_stepper as stepper
 
 DELTA = 0.02
 
@@ -63,6 +64,14 @@ def test_default_grids_leave_pure_noise_in_short_steps(digits, solver, gain):
     equation, x, truth = digits
     default, straight = (error(sf.solve(equation, solver(bent), x).x, truth) for bent in (True, False))
     assert gain * default < straight, (default, straight)
+
+
+def test_adams_with_noise_takes_fewer_steps_out_of_pure_noise(digits, monkeypatch):
+    equation, x, _ = digits
+    solver, sde = sf.Adams(rtol=0.1, atol=0.1), sf.ReverseSDE(equation.predict)
+    spent = sf.solve(sde, solver, x, seed=1).evaluations.double().mean()
+    monkeypatch.setattr(stepper, "LARGEST_SCALE", (10.0, 10.0))
+    assert spent < 0.85 * sf.solve(sde, solver, x, seed=1).evaluations.double().mean()
 
 
 def test_adams_keeps_its_tolerance_at_fewer_evaluations(digits):

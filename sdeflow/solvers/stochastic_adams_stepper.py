@@ -36,6 +36,8 @@ HIGHEST = 3
 SAFETY = 0.5
 GROW, KEEP, SHRINK = 1.4, 0.7, 0.2
 """Bounds on the step's change. Even steps leave the smallest error of the law, so an accepted step changes it little."""
+LARGEST_SCALE = 10.0, 100.0
+"""R/c of `DataFlow`: of data, and of errors of some hundredths in ε̂."""
 POINTS = 10
 """Of the quadrature over ω."""
 LARGEST = 55.0
@@ -73,9 +75,10 @@ class DataFlow(Flow):
         need_less_noise(task)
         c = 0.5 if chart is None else chart.c
         bound = Trigonometric(c).bind(equation.process)
-        return DataFlow(
-            equation, bound, task.start, task.stop, task.x.shape[1:], one_time, c, low=0.01 * c, high=10.0 * c
-        )
+        # what an error of ε̂ makes of D looks like data of scale σ/α
+        cancelled = max(equation.predict.cancelled(t).item() for t in (task.start, task.stop))
+        high = min(max(LARGEST_SCALE[0] * c, cancelled), LARGEST_SCALE[1] * c)
+        return DataFlow(equation, bound, task.start, task.stop, task.x.shape[1:], one_time, c, low=0.01 * c, high=high)
 
     def rhs(self, u: Tensor, z: Tensor) -> Tensor:
         """D at u (n,), z (n, d); one evaluation a sample."""
