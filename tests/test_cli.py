@@ -291,6 +291,7 @@ def test_sample_saves_the_states_that_solve_gives(command, tmp_path: Path):
         (["compare", "--steps", "5,x"], "--steps '5,x'"),
         (["compare", "-s", "DDIM(eta=7, steps=3)"], "0 ≤ eta ≤ 1"),
         (["sample", "-s", "DDIM"], "needs steps="),
+        (["sample", "--samples", "-3", "-s", "DDIM(steps=3)"], "--samples -3"),
         (["report", "nowhere"], "holds no records"),
     ],
 )
@@ -299,6 +300,16 @@ def test_mistakes_are_one_line_with_the_choices(command, arguments, said, tmp_pa
     assert ran.returncode == 2
     assert said in ran.stderr and "Traceback" not in ran.stderr
     assert not (tmp_path / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize("named", ["compare", "sample"])
+def test_a_folder_that_cannot_be_written_is_one_line_before_anything_is_solved(command, tmp_path: Path, named):
+    (tmp_path / "file").write_text("")
+    ran = command(named, "-p", "ring", "-s", "DDIM(steps=3)", "-o", tmp_path / "file" / "folder")
+    assert ran.returncode == 2
+    assert (
+        ran.stderr.strip().splitlines()[-1].startswith("sdeflow: Not a directory: ") and "Traceback" not in ran.stderr
+    )
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -131,6 +131,8 @@ def test_prior_and_its_density():
     assert torch.allclose(process.prior_log_prob(x), normal.log_prob(x).sum(1))
     assert torch.equal(process.prior((7, 3), seed=1, dtype=torch.float64), x[:7])
     assert not torch.equal(process.prior((7, 3), seed=2, dtype=torch.float64), x[:7])
+    with pytest.raises(sf.InvalidInput, match=r"none negative; got \(-7, 3\)"):
+        process.prior((-7, 3))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def _add_compare(app: Any, typer: Any) -> None:
                 runs += [plan.run(one) for one in choose(solver or COMPARED[kind], kind, efforts)]
             if not runs:
                 raise InvalidInput(f"none of {', '.join(solver)} solves the equation asked for (--equation {equation})")
+            output.mkdir(parents=True, exist_ok=True)
             records = bar.follow(runs, output / "records.jsonl")
         _show(records)
         _write(records, output)
@@ -148,9 +149,11 @@ def _add_sample(app: Any, typer: Any) -> None:
                 f"{solver!r} does not solve {'SDEs' if eta > 0 else 'ODEs'}; write --eta {0 if eta > 0 else 1}"
             )
         times = strings.parse_numbers(save_at, float, "--save-at") + [equation.stop] if save_at else None
+        if samples < 1:
+            raise InvalidInput(f"--samples {samples}: expected a number ≥ 1")
+        output.mkdir(parents=True, exist_ok=True)
         x = forward.prior((samples, *target.event_shape), seed=seed)
         solution = sf.solve(equation, method.build(), x, save_at=times, seed=seed if eta > 0 else None)
-        output.mkdir(parents=True, exist_ok=True)
         np.savez(
             output / "states.npz",
             x=solution.x.numpy(),

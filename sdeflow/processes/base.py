@@ -177,6 +177,8 @@ class Process:
         if not dtype.is_floating_point:
             raise InvalidInput(f"dtype must be a floating dtype; got {dtype}. Write dtype=torch.float32")
         batch, *event = (int(n) for n in shape)
+        if min(batch, *event) < 0:
+            raise InvalidInput(f"shape must be (batch, *event), none negative; got {shape!r}")
         seeds = sample_seeds(seed, batch, device)
         noise = standard_normal(seeds, tuple(event), stream=PRIOR_STREAM, dtype=dtype, device=device)
         return noise * self.sigma(self.t_max).item()
