@@ -198,7 +198,7 @@ class Quadratic(Power):
     power: float = field(default=2.0, init=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Nodes(Grid):
     """The caller's own times, start first: a sequence or tensor (n + 1,). `steps` must be left out or be n."""
 

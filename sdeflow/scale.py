@@ -36,7 +36,7 @@ def data_scale(equation: Equation, pilot: Tensor, steps: int = 20) -> float:
     flow = ProbabilityFlowODE(equation.predict)
     with torch.no_grad():
         end = solve(flow, UniPC(order=2, steps=steps, grid=UniformLogSNR()), pilot, on_failure="return").x
-    scale = end.flatten(1).double().var(0).mean().sqrt().item()
+    scale = end.flatten(1).cpu().double().var(0).mean().sqrt().item()
     if not 0.0 < scale < float("inf"):
         raise InvalidInput(f"the pilot's ends have scale {scale}: the network's samples are constant, NaN or infinite")
     return scale

@@ -68,7 +68,8 @@ def tune(
     Args:
         equation: a `ProbabilityFlowODE`.
         budget: evaluations a sample of the solver, ≥ 2.
-        pilot: start states of the pilot samples (n, *event) at t_max, e.g. `process.prior((32, *event), seed=...)`; at most 32 are used.
+        pilot: start states of the pilot samples (n, *event) at t_max, e.g. `process.prior((32, *event), seed=...)`; at most 32 are used,
+            so conditions of one row a sample have to be of as many.
             Use other seeds for what you generate, or the pilot's error flatters. From 8 pilots and 5 evaluations on, half
             of the rows serve to measure flips and the errors near borders; see `sdeflow.tune.borders`.
         seed: of the search's own random numbers.

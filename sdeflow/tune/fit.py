@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sdeflow.equations import ReverseSDE
 from sdeflow.tune.borders import Borders
-from sdeflow.tune.paths import Paths, chosen
+from sdeflow.tune.paths import Paths, chosen, wide
 
 GROUPS = 8
 PENALTIES = 10.0 ** np.arange(-18, 3)
@@ -77,17 +77,17 @@ def solved(equation: ReverseSDE, times: Tensor, pilot: Pilot) -> tuple[Output, M
     process, predict = equation.process, equation.predict
     assert process is not None and predict is not None
     ratio = (process.sigma(times) / process.sigma(times[0])).tolist()
-    start, outputs, x = pilot.start, [], pilot.start.double()
+    start, outputs, x = pilot.start, [], wide(pilot.start)
 
     def output(k: int) -> np.ndarray:
-        outputs.append(predict.data(x.to(start.dtype), times[k]).double())
+        outputs.append(wide(predict.data(x.to(start.dtype), times[k])))
         return chosen(outputs[-1], pilot.kept)
 
     def move(own: np.ndarray) -> np.ndarray:
         nonlocal x
-        x = start.double() * ratio[len(outputs)]
+        x = wide(start) * ratio[len(outputs)]
         for j, D in enumerate(outputs):
-            x += D * torch.from_numpy(own[:, j].copy()).to(D.device).reshape(-1, *[1] * (D.ndim - 1))
+            x += D * torch.from_numpy(own[:, j].copy()).to(D).reshape(-1, *[1] * (D.ndim - 1))
         return chosen(x, pilot.kept)
 
     return output, move

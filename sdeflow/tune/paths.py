@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdeflow.charts import StraightLine, chart_for
 from sdeflow.equations import ReverseSDE
-from sdeflow.processes import Process
+from sdeflow.processes import Process, as_time
 from sdeflow.solvers.fixed_adams import integrals
 from sdeflow.tune.candidates import PLAIN
 
@@ -58,12 +58,12 @@ class Paths:
         dA, dS = (c.tolist() for c in chart.drift_weights(chart.u(t)))
         alpha, sigma, m = process.alpha(t).tolist(), process.sigma(t).tolist(), chart.m(t).tolist()
         predictor, corrector = integrals(u, 5, 0), integrals(u, 5, 1)
-        z = p = x.double() * m[0]
+        z = p = wide(x) * m[0]
         slopes: list[Tensor] = []
         data: list[np.ndarray] = []
         noise: list[np.ndarray] = []
         for n in range(calls):
-            D, eps = (v.double() for v in predict.pair((p / m[n]).to(x.dtype), t[n]))
+            D, eps = (wide(v) for v in predict.pair((p / m[n]).to(x.dtype), t[n]))
             slopes.append(dA[n] * D + dS[n] * eps)
             if n:
                 z = z + _weighted(corrector[n - 1], slopes)
@@ -97,9 +97,14 @@ class Paths:
         return alpha * D + sigma * eps, D
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float64, or float32 on devices that have no float64."""
+    return as_time(x)
+
+
 def chosen(x: Tensor, kept: Tensor) -> np.ndarray:
     """Components `kept` of every sample, (n, d) float64 on the host."""
-    return x.flatten(1)[:, kept].double().cpu().numpy()
+    return x.flatten(1)[:, kept].cpu().double().numpy()
 
 
 def _weighted(row: np.ndarray, slopes: list[Tensor]) -> Tensor:
