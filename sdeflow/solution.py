@@ -30,7 +30,8 @@ class Solution:
         x: end state, (batch, *event), dtype and device of the start; for a failed sample its last state, where sdeflow's own methods on
             fixed grids go on to the end with what is not finite.
         t: the times of `states`, float64, (n,): `save_at` if given, else the one end time.
-        states: states at `t`, (n, batch, *event); NaN where a failed sample did not arrive.
+        states: states at `t`, (n, batch, *event); NaN where a failed sample did not arrive. With `save_at`, those before a solver's
+            `denoise`, which is a step from `stop` on to clean data: `x` alone has it.
         calls: batched forward passes of the network.
         evaluations: network evaluations of every sample, int64 (batch,): rejected steps, probes and the second half
             of guidance included.

@@ -39,8 +39,7 @@ def solve(
         start, stop: times, in either order; default: the equation's own (a reverse equation runs from t_max to t_min).
         save_at: output times between start and stop, in order of travel; default: the end alone.
         seed: for SDEs: an integer (each sample derives its own from it and its row) or one seed a sample. Default 0.
-            The noise of a
-            sample depends on its seed alone, not on the rest of the batch.
+            The noise of a sample depends on its seed alone, not on the rest of the batch. An ODE has no noise, and leaves seed and path unused.
         gradients: keep the graph, so that the result can be differentiated.
         on_failure: "raise" a `SolveFailed` carrying the partial solution when any sample fails, or "return" it.
         progress: True for a line on stderr, or a function of the fraction done.
@@ -75,7 +74,7 @@ def solve(
         dense=outcome.dense,
     )
     if on_failure == "raise" and not bool(solution.success.all()):
-        raise SolveFailed(_failure(solution), solution)
+        raise SolveFailed(_failure(solution) + _hint(solution, task), solution)
     return solution
 
 
@@ -196,3 +195,15 @@ def _failure(solution: Solution) -> str:
         'The partial solution is in this exception\'s .solution; write solve(..., on_failure="return") to get it '
         "without the exception"
     )
+
+
+def _hint(solution: Solution, task: Task) -> str:
+    """What to write where a coefficient of the process is 0 at an end of the interval, if that may be why samples failed."""
+    process, inside = task.equation.process, 1e-3 * (task.stop - task.start)
+    if process is None or not bool((solution.status == Status.NON_FINITE).any()):
+        return ""
+    for name, t, other in (("start", task.start, task.start + inside), ("stop", task.stop, task.stop - inside)):
+        for letter, value in (("α", process.alpha(t)), ("σ", process.sigma(t))):
+            if value.item() < 1e-12:
+                return f". {letter} is 0 at {name}={t:g}, where D, ε̂ or the coefficients of an SDE may be infinite: try solve(..., {name}={other:g})"
+    return ""

@@ -240,3 +240,37 @@ def test_states_at_the_ends_of_the_interval(solver):
         assert found.t.tolist() == save_at
         wanted = torch.stack([x if t == process.t_max else found.x for t in save_at])
         torch.testing.assert_close(found.states, wanted, rtol=0.0, atol=1e-15)
+
+
+def test_an_ode_leaves_seed_and_path_unused():
+    wanted = sf.solve(BANK, Euler(steps=3), X).x
+    assert torch.equal(sf.solve(BANK, Euler(steps=3), X, seed=5).x, wanted)
+    path = sf.BrownianPath(sf.sample_seeds(0, 3), (2,))
+    assert torch.equal(sf.solve(BANK, Euler(steps=3), X, path=path).x, wanted)
+
+
+def test_states_are_those_before_a_last_step_to_clean_data():
+    process = sf.VP(t_min=0.1)
+    equation = sf.ProbabilityFlowODE(sf.problems.ring().prediction(process))
+    x = process.prior((3, 2), seed=0)
+    for make in (sf.UniPC, sf.RungeKutta):
+        plain = sf.solve(equation, make(steps=4), x, save_at=[0.5, 0.1]).x
+        found = sf.solve(equation, make(steps=4, denoise=True), x, save_at=[0.5, 0.1])
+        torch.testing.assert_close(found.states[-1], plain)
+        assert (found.x - plain).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("noise", r"α is 0 at start=1, .*start=0\.999"), ("data", r"σ is 0 at stop=0, .*stop=0\.001")]
+)
+def test_failures_at_pure_noise_or_clean_data_say_what_to_write(kind, said):
+    ends = {"noise": sf.RectifiedFlow(), "data": sf.VP(t_min=0.0)}
+    process, ring = ends[kind], sf.problems.ring()
+    predict = (sf.NoisePrediction if kind == "noise" else sf.DataPrediction)(ring.network(process, kind), process)
+    x = process.prior((3, 2), seed=0)
+    with pytest.raises(sf.SolveFailed, match=said):
+        sf.solve(sf.ProbabilityFlowODE(predict), sf.Tsit5(), x)
+    # a failure elsewhere is not put down to the end
+    with pytest.raises(sf.SolveFailed) as failed:
+        sf.solve(sf.Equation(lambda t, x: x / 0.0 * 0.0), sf.Tsit5(), x, start=0.0, stop=1.0)
+    assert "is 0 at" not in str(failed.value)

@@ -33,7 +33,7 @@ class DiffusionMethod(LinearMethod):
     Args (all of them keywords of every method here):
         steps: number of steps (not of time points).
         grid: a rule for placing them, or the times themselves, start first.
-        denoise: end with one step from `stop` to σ = 0, where x = D; it costs one evaluation and is counted.
+        denoise: end with one step from `stop` to σ = 0, where x = D; it costs one evaluation and is counted. States at `save_at` are those before it.
     """
 
     denoise: bool = False

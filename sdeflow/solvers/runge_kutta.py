@@ -25,7 +25,8 @@ class RungeKutta(LinearMethod):
         steps: number of steps.
         grid: a rule for placing them, or the times themselves; default uniform in the chart's clock.
         chart: None for `sf.chart_for` of the network on diffusion equations and t on all others; `PlainTime()` for t on all.
-        denoise: end with a step from `stop` to σ = 0, where x = D (diffusion equations only); one evaluation, counted.
+        denoise: end with a step from `stop` to σ = 0, where x = D (diffusion equations only); one evaluation, counted. States at
+            `save_at` are those before it.
 
     Example:
         >>> sf.solve(sf.ProbabilityFlowODE(predict), sf.RungeKutta("rk4", steps=20), noise)
