@@ -100,6 +100,7 @@ def sde_solvers() -> dict[str, dict[str, list[Solver]]]:
             "EDM Heun, churn 8": spread(sf.EDMHeun, 2, tail, churn=8.0),
             "Restart": spread(sf.Restart, 4, tail),
         },
+        "Adams": {"Adams, adaptive": [sf.Adams(rtol=e, atol=e) for e in (3e-1, 1e-1, 3e-2)]},
         "path": {
             "Euler–Maruyama": spread(sf.EulerMaruyama, 1, tail),
             "Stochastic Heun": spread(sf.StochasticHeun, 2, tail),
