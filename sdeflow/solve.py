@@ -16,6 +16,9 @@ from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solvers.base import Solver, Task
 
+SINGLE = 2.0**-23
+"""Output times that differ by this share or less from an end of the interval are that end: they were float32 numbers."""
+
 
 def solve(
     equation: Equation,
@@ -37,7 +40,8 @@ def solve(
         solver: a solver object with its settings, e.g. `TorchDiffEq("dopri5", rtol=1e-5, atol=1e-5)`.
         x: start states (batch, *event), a floating tensor.
         start, stop: times, in either order; default: the equation's own (a reverse equation runs from t_max to t_min).
-        save_at: output times between start and stop, in order of travel; default: the end alone.
+        save_at: output times between start and stop, in order of travel; default: the end alone. On a fixed grid they are nodes: a node
+            nearer than a twentieth of a step gives way to one.
         seed: for SDEs: an integer (each sample derives its own from it and its row) or one seed a sample. Default 0.
             The noise of a sample depends on its seed alone, not on the rest of the batch. An ODE has no noise, and leaves seed and path unused.
         gradients: keep the graph, so that the result can be differentiated.
@@ -156,6 +160,8 @@ def _outputs(save_at: Sequence[float] | Tensor | None, start: float, stop: float
         raise InvalidInput(f"save_at must be a list of times; got {save_at!r}. Write save_at=[0.5, 0.1]") from None
     if times.ndim == 0:
         raise InvalidInput(f"save_at must be a list of times; got {save_at!r}. Write save_at=[{save_at}]")
+    for end in (start, stop):
+        times = torch.where((times - end).abs() <= SINGLE * abs(end), end, times)
     low, high, way = min(start, stop), max(start, stop), 1.0 if stop > start else -1.0
     if (
         times.ndim != 1

@@ -274,3 +274,50 @@ def test_failures_at_pure_noise_or_clean_data_say_what_to_write(kind, said):
     with pytest.raises(sf.SolveFailed) as failed:
         sf.solve(sf.Equation(lambda t, x: x / 0.0 * 0.0), sf.Tsit5(), x, start=0.0, stop=1.0)
     assert "is 0 at" not in str(failed.value)
+
+
+FIXED = [sf.UniPC, sf.FixedAdams, sf.DPMSolverPP, sf.DEIS, sf.StochasticAdams, sf.SASolver, sf.DDIM]
+
+
+@pytest.mark.parametrize("make", FIXED)
+def test_output_times_in_float32_are_the_nodes_they_were(make):
+    """Multistep methods divide by the distance of nodes: one beside another made errors of 1e30, without a sign."""
+    process = sf.RectifiedFlow()
+    predict = sf.problems.ring().prediction(process)
+    nodes = [1.0, *(1.0 - 0.1 * n for n in range(1, 10)), process.t_min]
+    solver, x = make(grid=nodes), process.prior((6, 2), seed=0, dtype=torch.float64)
+    equation = sf.ProbabilityFlowODE(predict) if "none" in solver.facts.noise else sf.ReverseSDE(predict)
+    plain = sf.solve(equation, solver, x, seed=1)
+    found = sf.solve(equation, solver, x, seed=1, save_at=torch.tensor(nodes))
+    assert found.accepted.tolist() == plain.accepted.tolist()
+    torch.testing.assert_close(found.x, plain.x, rtol=0.0, atol=1e-5)
+    assert found.t[0] == 1.0 and found.t[-1] == process.t_min
+    assert torch.equal(found.states[0], x) and torch.equal(found.states[-1], found.x)
+    # and a time a thousandth of a step from a node takes its place
+    beside = sf.solve(equation, solver, x, seed=1, save_at=[0.4999])
+    assert beside.t.tolist() == [0.4999] and beside.accepted.tolist() == plain.accepted.tolist()
+    # further off it is a node of its own
+    apart = sf.solve(equation, solver, x, seed=1, save_at=[0.49])
+    assert (apart.accepted == plain.accepted + 1).all()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        sf.TorchDiffEq("rk4", steps=5),
+        sf.TorchDiffEq("dopri5"),
+        sf.TorchSDE("srk", steps=5),
+        sf.Adams(),
+        sf.SRA1(steps=5),
+    ],
+    ids=lambda solver: solver.facts.name,
+)
+def test_ends_of_the_interval_in_float32(solver):
+    process = sf.VP(t_max=0.999)
+    predict = sf.problems.ring().prediction(process)
+    equation = sf.ProbabilityFlowODE(predict) if "none" in solver.facts.noise else sf.ReverseSDE(predict)
+    x = process.prior((3, 2), seed=0, dtype=torch.float64)
+    times = torch.tensor([0.999, 0.3, 0.001])  # 0.999 is above, 0.001 inside the interval
+    found = sf.solve(equation, solver, x, save_at=times)
+    assert found.t[0] == process.t_max and found.t[-1] == process.t_min
+    torch.testing.assert_close(found.states[[0, -1]], torch.stack([x, found.x]), rtol=0.0, atol=1e-15)

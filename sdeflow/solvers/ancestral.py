@@ -263,7 +263,7 @@ class Restart(DiffusionMethod):
                 f"the loops restart at t={[round(v, 4) for v in lows.tolist()]}, which must lie between start={task.start} "
                 f"and stop={task.stop}"
             )
-        return merge(times, lows)
+        return merge(times, lows, near=0.0)
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         process = task.equation.process
