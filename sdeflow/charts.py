@@ -137,7 +137,7 @@ class BentLine(StraightLine):
 
     For networks that predict the noise or the score. An error δ of ε̂ is one of δσ/α in D = (x − σε̂)/α: on the straight line dz/du
     then has a term δ(cα+σ)/α, which grows without bound towards pure noise and which no polynomial follows; steps even in λ do. What a network
-    without such errors, or one that predicts the data or v, costs more here than on the straight line is measured in docs/charts.md.
+    without such errors, or one that predicts the data or v, costs more here than on the straight line is in docs/choosing.md.
 
     Args:
         c: scale of the data.
