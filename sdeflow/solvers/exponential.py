@@ -72,6 +72,14 @@ def _order(name: str, order: int, highest: int) -> None:
         )
 
 
+def _even(task: Task) -> Grid | None:
+    """Steps even in λ; None where λ is infinite, or all but: where there is no signal or no noise at all."""
+    process = task.equation.process
+    assert process is not None
+    lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
+    return UniformLogSNR() if bool((lam.abs() < FARTHEST).all()) else None
+
+
 def _choice(owner: str, field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InvalidInput(f"{owner}: {field} must be one of {', '.join(choices)}; got {value!r}")
@@ -221,11 +229,7 @@ class DPMSolver(DiffusionMethod):
         return Facts(f"DPM-Solver-{o}", o, None, None, o, False, ("none",), "diffusion", "Lu et al. 2022a")
 
     def rule(self, task: Task) -> Grid:
-        process = task.equation.process
-        assert process is not None
-        # λ is infinite, or all but, where there is no signal or no noise at all
-        lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
-        return UniformLogSNR() if bool((lam.abs() < FARTHEST).all()) else super().rule(task)
+        return _even(task) or super().rule(task)
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         return singlestep_plan("noise", self.order, task, points_of(task, times, self.denoise))
@@ -305,7 +309,8 @@ class SASolver(Multistep):
         eta: None for the equation's own η; or a function η(λ) of a float64 array, taken at the middle of each step,
             whatever the equation's (every η keeps the marginals).
 
-    On the flow it is UniPC with exact integrals. Noise caps the weak order at 2.
+    On the flow it is UniPC with exact integrals. Noise caps the weak order at 2. The default grid is even in λ unless an end has (almost) no
+    signal or no noise: the noise of uneven steps in the history is extrapolated more than it is corrected.
     """
 
     predictor: int = 3
@@ -322,6 +327,9 @@ class SASolver(Multistep):
                 f"SASolver takes a constant η from the equation; write sf.ReverseSDE(predict, eta={self.eta}), or "
                 "eta=lambda lam: ... for one that varies"
             )
+
+    def rule(self, task: Task) -> Grid:
+        return _even(task) or super().rule(task)
 
     @property
     def facts(self) -> Facts:
