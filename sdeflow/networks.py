@@ -12,6 +12,18 @@ from sdeflow import counting
 from sdeflow.errors import InvalidInput
 
 
+def device_of(network: Any) -> torch.device | None:
+    """Where a module computes: where its parameters are, or where accelerate's hooks bring them for every call; None without either."""
+    if not isinstance(network, torch.nn.Module):
+        return None
+    for module in network.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    parameter = next(network.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
 class Conditioned(torch.nn.Module):
     """`network(x, t, **conditions)` as a `network(x, t)`.
 

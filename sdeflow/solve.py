@@ -12,6 +12,7 @@ from torch import Tensor
 from sdeflow.counting import Counter, counting
 from sdeflow.equations import Equation, check_additive
 from sdeflow.errors import InvalidInput, SolveFailed, finite
+from sdeflow.networks import device_of
 from sdeflow.random import sample_seeds
 from sdeflow.solution import Solution, Status
 from sdeflow.solvers.base import Solver, Task
@@ -177,14 +178,12 @@ def _outputs(save_at: Sequence[float] | Tensor | None, start: float, stop: float
 
 
 def _check_device(equation: Equation, x: Tensor) -> None:
-    network = getattr(equation.predict, "network", None)
-    if isinstance(network, torch.nn.Module):
-        parameter = next(network.parameters(), None)
-        if parameter is not None and parameter.device != x.device:
-            raise InvalidInput(
-                f"the network is on {parameter.device}, the state on {x.device}; write solve(..., "
-                f"x.to({str(parameter.device)!r}))"
-            )
+    device = device_of(getattr(equation.predict, "network", None))
+    # "cuda" is any of them
+    if device is not None and device != x.device and (device.index is not None or device.type != x.device.type):
+        raise InvalidInput(
+            f"the network is on {device}, the state on {x.device}; write solve(..., x.to({str(device)!r}))"
+        )
 
 
 def _bar(fraction: float) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sdeflow.diffusers.models import Denoiser, FluxDenoiser, bare
 from sdeflow.diffusers.schedules import network_time, process_of, target_of, times_of
-from sdeflow.errors import InvalidInput, MissingDependency
+from sdeflow.errors import InvalidInput, MissingDependency, finite
 from sdeflow.guidance import ClassifierFree
-from sdeflow.networks import Conditioned
+from sdeflow.networks import Conditioned, device_of
 from sdeflow.predictions import Prediction
 from sdeflow.processes import Process
 
@@ -47,8 +47,8 @@ class Loaded:
 
     def noise(self, batch: int, seed: int = 0) -> Tensor:
         """Start states (batch, *event) in float32 on the network's device."""
-        parameter = next(self.prediction.network.parameters())
-        return self.process.prior((batch, *self.event), seed=seed, device=parameter.device)
+        device = device_of(self.prediction.network) or "cpu"
+        return self.process.prior((batch, *self.event), seed=seed, device=device)
 
 
 def require() -> Any:
@@ -127,6 +127,7 @@ def from_pipeline(
     for name, value in unused.items():
         if value is not None:
             raise InvalidInput(f"{type(pipe).__name__} has no use for {name}={value!r}; leave it out")
+    _check_request(prompt, guidance_scale, height, width)
     process, target = process_of(pipe.scheduler, flow=family.flow), target_of(pipe.scheduler, flow=family.flow)
     guided = guidance_scale > 1.0 and not (family.distilled or _embeds_guidance(pipe))
     request = Request(prompt, negative_prompt, class_labels, null_label, guided, guidance_scale, height, width)
@@ -143,6 +144,19 @@ def from_pipeline(
         null = target(Conditioned(parts.network, **parts.null), process, time)
         prediction = ClassifierFree(prediction, null, guidance_scale, rescale=guidance_rescale, batched=batched)
     return Loaded(process, prediction, parts.decode, parts.event, lambda n: times_of(pipe.scheduler, n, parts.shift))
+
+
+def _check_request(prompt: Any, guidance_scale: Any, height: Any, width: Any) -> None:
+    texts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+    if not isinstance(texts, Sequence) or not texts or not all(text is None or isinstance(text, str) for text in texts):
+        raise InvalidInput(
+            f'prompt must be a text or a list of them, one a sample; got {prompt!r}. Write prompt="a cat"'
+        )
+    if not finite(guidance_scale):
+        raise InvalidInput(f"guidance_scale must be a finite number; got {guidance_scale!r}. 1 is no guidance")
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 1):
+            raise InvalidInput(f"{name} must be a positive number of pixels; got {side!r}")
 
 
 # --- the families
@@ -326,11 +340,17 @@ def _dit(pipe: Any, request: Request) -> Parts:
     config = pipe.transformer.config
     if request.class_labels is None:
         raise InvalidInput("DiT is conditioned on classes; write from_pipeline(pipe, class_labels=207)")
-    null = config.num_embeds_ada_norm if request.null_label is None else request.null_label
+    count = int(config.num_embeds_ada_norm)  # the embedding after the last is that of no class
+    null = count if request.null_label is None else request.null_label
+    labels = _labels(request.class_labels)
+    if not bool(((labels >= 0) & (labels <= count)).all()) or not 0 <= null <= count:
+        raise InvalidInput(
+            f"class_labels and null_label must be integers from 0 to {count}; got {request.class_labels!r} and {null!r}"
+        )
     channels, side = int(config.in_channels), int(config.sample_size)
     return Parts(
         Denoiser(pipe.transformer, channels),
-        {"class_labels": _labels(request.class_labels)},
+        {"class_labels": labels},
         {"class_labels": torch.tensor(null)},
         lambda z: _decode(pipe.vae, z),
         (channels, side, side),

@@ -198,6 +198,20 @@ def test_networks_distilled_under_guidance_are_given_its_scale(folder):
     check(image, reference, pipe("a cat", latents=z, guidance_scale=2.0, **run).images)
 
 
+def test_networks_whose_weights_are_kept_elsewhere():
+    """Offloaded by accelerate, parameters are nowhere between calls."""
+    accelerate = pytest.importorskip("accelerate")
+    pipe = tiny.unconditional()
+    z = sf.diffusers.from_pipeline(pipe).noise(2)
+    wanted = pipe.unet(z, 300).sample
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    assert next(pipe.unet.parameters()).device.type == "meta"
+    loaded = sf.diffusers.from_pipeline(pipe)
+    assert torch.equal(loaded.noise(2), z)
+    torch.testing.assert_close(loaded.prediction.noise(z, 300.0), wanted)
+    assert sf.solve(sf.ProbabilityFlowODE(loaded.prediction), sf.DDIM(steps=2), z).x.isfinite().all()
+
+
 def by_scheduler(network, scheduler, x, steps):
     """Diffusers' own loop."""
     scheduler.set_timesteps(steps)
@@ -266,6 +280,17 @@ def test_what_cannot_work_is_refused(folder):
         sf.diffusers.from_pretrained("tests/data/digits/noise", class_labels=42)
     with refused(sf.InvalidInput, match="class_labels=207"):
         sf.diffusers.from_pipeline(tiny.dit())
+    for given in ({"class_labels": 1001}, {"class_labels": [3, -1]}, {"class_labels": 3, "null_label": 1001}):
+        with refused(sf.InvalidInput, match="from 0 to 1000"):
+            sf.diffusers.from_pipeline(tiny.dit(), **given)
+    for given, said in (
+        ({"prompt": 3}, "prompt must be"),
+        ({"prompt": []}, "prompt must be"),
+        ({"prompt": "a", "guidance_scale": float("nan")}, "guidance_scale must be"),
+        ({"prompt": "a", "height": -16}, "height must be"),
+    ):
+        with refused(sf.InvalidInput, match=said):
+            sf.diffusers.from_pipeline(tiny.flux(folder), **given)
     flux, text = tiny.flux(folder), {"prompt": "a cat"}
     for pipe, unused in (
         (flux, text | {"negative_prompt": "dog"}),
