@@ -1,6 +1,7 @@
 """solve: defaults, outputs, counting, seeds, failures and the errors of bad input, with a solver small enough to read."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -321,3 +322,17 @@ def test_ends_of_the_interval_in_float32(solver):
     found = sf.solve(equation, solver, x, save_at=times)
     assert found.t[0] == process.t_max and found.t[-1] == process.t_min
     torch.testing.assert_close(found.states[[0, -1]], torch.stack([x, found.x]), rtol=0.0, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [sf.UniPC, sf.FixedAdams, sf.DEIS, sf.StochasticAdams])
+def test_output_times_too_close_for_a_multistep_method_are_warned_of(make):
+    process = sf.RectifiedFlow()
+    predict = sf.problems.ring().prediction(process)
+    solver, x = make(steps=10), process.prior((2, 2), seed=0, dtype=torch.float64)
+    equation = sf.ProbabilityFlowODE(predict) if "none" in solver.facts.noise else sf.ReverseSDE(predict)
+    with pytest.warns(UserWarning, match="very close together.*one-step"):
+        sf.solve(equation, solver, x, save_at=[0.5, 0.4999999], on_failure="return")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.solve(equation, solver, x, save_at=[0.5, 0.48])
+        sf.solve(equation, sf.EDMHeun(steps=10), x, save_at=[0.5, 0.4999999])

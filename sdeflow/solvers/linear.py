@@ -9,6 +9,7 @@ W and a/b into one fused multiply-add, so that a step is the network call and a 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ STEP_STREAM = 2
 """Random stream of the steps' normals, apart from those of priors and data."""
 CHUNK_ELEMENTS = 1 << 18
 """Normals are made for several steps at once, up to this many elements."""
+
+LOUD = 1e5
+"""Loudness worth a warning. Usual grids reach 1e4, where few steps begin in noise far above the data."""
 
 
 class Stage(NamedTuple):
@@ -206,6 +210,15 @@ class Plan:
         ]
         return plan
 
+    @property
+    def loudness(self) -> float:
+        """Largest Σ|W_j| / |ΣW_j| of a stage: how much louder than F itself errors of F come out."""
+        loudest = 1.0
+        for _, _, terms, *_ in (stage for stages in self.steps for stage in stages):
+            if len(terms) > 1:
+                loudest = max(loudest, sum(abs(w) for _, w in terms) / max(abs(sum(w for _, w in terms)), 1e-300))
+        return loudest
+
     def _fold(self, steps: Sequence[Sequence[Stage]]) -> tuple[list[list[Folded]], int]:
         # an F used once, at once and beside its own x, as in every one-step method, gives its share of x to the scale
         weight, ratio, newest, longest = self.calls.weight, self.ratio, -1, 1
@@ -241,7 +254,15 @@ class LinearMethod(FixedStep):
         """Compile the solve over the nodes `times` (float64, CPU)."""
 
     def init(self, task: Task, times: Tensor) -> Plan:
-        return self.plan(task, times)
+        plan = self.plan(task, times)
+        if plan.loudness > LOUD:
+            warnings.warn(
+                f"{self.facts.name} weighs earlier outputs of the network against each other {plan.loudness:.0e} times as much as they count, "
+                "because nodes or output times lie very close together: expect large errors. Take them further apart, or a one-step "
+                "method such as sf.EDMHeun or sf.RungeKutta",
+                stacklevel=4,
+            )
+        return plan
 
     def total(self, state: Plan, times: Tensor) -> int:
         return len(state.steps)
