@@ -66,6 +66,16 @@ def test_default_grids_leave_pure_noise_in_short_steps(digits, solver, gain):
     assert gain * default < straight, (default, straight)
 
 
+def test_exponential_shark_leaves_pure_noise_in_short_steps(digits):
+    equation, x, _ = digits
+    sde, even, old = sf.ReverseSDE(equation.predict), sf.UniformLogSNR(), sf.InChart(sf.StraightLine(0.25))
+    fine = sf.solve(sde, sf.ExponentialShARK(steps=300, grid=even), x, seed=1).x
+    default, long = (
+        error(sf.solve(sde, sf.ExponentialShARK(steps=10, grid=grid), x, seed=1).x, fine) for grid in (None, old)
+    )
+    assert 4.0 * default < long, (default, long)
+
+
 def test_adams_with_noise_takes_fewer_steps_out_of_pure_noise(digits, monkeypatch):
     equation, x, _ = digits
     solver, sde = sf.Adams(rtol=0.1, atol=0.1), sf.ReverseSDE(equation.predict)

@@ -15,8 +15,11 @@ from sdeflow.charts import Chart, chart_for
 from sdeflow.counting import Counter
 from sdeflow.equations import Equation
 from sdeflow.errors import InvalidInput
-from sdeflow.grids import Grid, Nodes, UniformTime
+from sdeflow.grids import Grid, Nodes, UniformLogSNR, UniformTime
 from sdeflow.solution import Status
+
+FARTHEST = 14.0
+"""|λ| up to which steps are even in λ by default: σ/α between 1e-6 and 1e6."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,14 @@ def chart_of(task: Task, chart: Chart | None) -> Chart:
         return chart
     assert task.equation.predict is not None
     return chart_for(task.equation.predict, task.start, task.stop)
+
+
+def even_in_lambda(task: Task) -> Grid | None:
+    """Steps even in λ; None where λ is infinite, or all but: where there is no signal or no noise at all."""
+    process = task.equation.process
+    assert process is not None
+    lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
+    return UniformLogSNR() if bool((lam.abs() < FARTHEST).all()) else None
 
 
 def need_less_noise(task: Task) -> None:

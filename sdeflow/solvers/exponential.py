@@ -12,18 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput
-from sdeflow.grids import Grid, InChart, UniformLogSNR
-from sdeflow.solvers.base import Facts, Task, chart_of
+from sdeflow.grids import Grid, InChart
+from sdeflow.solvers.base import Facts, Task, chart_of, even_in_lambda
 from sdeflow.solvers.exponential_steps import Scheme, Strengths, multistep_plan, points_of, singlestep_plan
 from sdeflow.solvers.exponential_weights import Strength
 from sdeflow.solvers.linear import LinearMethod, Plan
-
-FARTHEST = 14.0
-"""|λ| up to which steps are even in λ by default: σ/α between 1e-6 and 1e6."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +66,6 @@ def _order(name: str, order: int, highest: int) -> None:
         raise InvalidInput(
             f"{name} has orders 1 to {highest}; got order={order!r}. Write {name}(order={highest}, steps=...)"
         )
-
-
-def _even(task: Task) -> Grid | None:
-    """Steps even in λ; None where λ is infinite, or all but: where there is no signal or no noise at all."""
-    process = task.equation.process
-    assert process is not None
-    lam = process.half_log_snr(torch.tensor([task.start, task.stop], dtype=torch.float64))
-    return UniformLogSNR() if bool((lam.abs() < FARTHEST).all()) else None
 
 
 def _choice(owner: str, field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -229,7 +217,7 @@ class DPMSolver(DiffusionMethod):
         return Facts(f"DPM-Solver-{o}", o, None, None, o, False, ("none",), "diffusion", "Lu et al. 2022a")
 
     def rule(self, task: Task) -> Grid:
-        return _even(task) or super().rule(task)
+        return even_in_lambda(task) or super().rule(task)
 
     def plan(self, task: Task, times: Tensor) -> Plan:
         return singlestep_plan("noise", self.order, task, points_of(task, times, self.denoise))
@@ -329,7 +317,7 @@ class SASolver(Multistep):
             )
 
     def rule(self, task: Task) -> Grid:
-        return _even(task) or super().rule(task)
+        return even_in_lambda(task) or super().rule(task)
 
     @property
     def facts(self) -> Facts:

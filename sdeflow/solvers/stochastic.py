@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.brownian import BrownianPath
-from sdeflow.charts import Chart, StraightLine
+from sdeflow.charts import BentLine, Chart, StraightLine
 from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformTime
 from sdeflow.processes import expand
@@ -26,7 +26,9 @@ from sdeflow.solvers.base import (
     Solver,
     Task,
     bmm,
+    chart_of,
     check_path,
+    even_in_lambda,
     finite_rows,
     merge,
     noise_shape,
@@ -106,13 +108,13 @@ class PathSolver(Solver):
             return drive(clock, task, stepper, self.rtol or 0.0, self.atol or 0.0, self.max_steps)
         return self._fixed(task, clock, path)
 
-    def _rule(self) -> Grid:
-        """Where the steps lie when no grid is given."""
+    def rule(self, task: Task) -> Grid:
+        """The grid of a solver that was given none."""
         return UniformTime()
 
     def _fixed(self, task: Task, clock: Clock, path: BrownianPath) -> Outcome:
         assert self.steps is not None
-        grid = self.grid if isinstance(self.grid, Grid) else self._rule()
+        grid = self.grid if isinstance(self.grid, Grid) else self.rule(task)
         times = grid.times(task.equation.process, task.start, task.stop, self.steps)
         times = times if task.save_at is None else merge(times, task.save_at)
         wanted, total = output_nodes(times, task.save_at), times.numel() - 1
@@ -341,7 +343,8 @@ class ExponentialShARK(ShARK):
 
     Args:
         c: scale of the data (its standard deviation).
-        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default `InChart(StraightLine(c/2))`).
+        steps: number of steps; `grid`: a rule for placing them, or the times themselves (default `InChart(StraightLine(c/2))`,
+            even in λ for networks that predict noise or score).
         rtol, atol, max_steps: as for `SRA1`.
     """
 
@@ -364,9 +367,11 @@ class ExponentialShARK(ShARK):
     def clock(self, task: Task) -> Clock:
         return UnitNoise.of(task, self.c)
 
-    def _rule(self) -> Grid:
+    def rule(self, task: Task) -> Grid:
+        # D as noise and score give it near pure noise is mostly their error: a state that took a long step with it is unlike any the network knows
+        bent = isinstance(chart_of(task, None), BentLine)
         # even in θ would do for data of the one scale c, on which there is nothing to do; the work is in what is finer
-        return InChart(StraightLine(0.5 * self.c))
+        return (even_in_lambda(task) if bent else None) or InChart(StraightLine(0.5 * self.c))
 
     def __post_init__(self) -> None:
         super().__post_init__()
