@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from sdeflow.errors import InvalidInput
 from sdeflow.random import sample_seeds, standard_normal
 
 Time = float | Tensor
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
 PRIOR_STREAM = 1
 """Random stream of `Process.prior`, so that a solve with the same seed sees other numbers."""
 
@@ -208,19 +211,19 @@ def remembering(process: Process) -> Process:
     for name in ("log_alpha", "alpha", "sigma"):
         method = getattr(found, name, None)
         if method is not None:
-            object.__setattr__(found, name, _last_answer(method))
+            object.__setattr__(found, name, last_answer(method))
     return found
 
 
-def _last_answer(method: Callable[[Time], Tensor]) -> Callable[[Time], Tensor]:
-    asked: Time | None = None
-    answer = torch.empty(0)
+def last_answer(method: Callable[[Asked], Answer]) -> Callable[[Asked], Answer]:
+    """The same function, which keeps its answer to what it was asked last; a tensor is known by itself, not by its values."""
+    last: tuple[Asked, Answer] | None = None
 
-    def remembered(t: Time) -> Tensor:
-        nonlocal asked, answer
-        if t is not asked:
-            asked, answer = t, method(t)
-        return answer
+    def remembered(t: Asked) -> Answer:
+        nonlocal last
+        if last is None or t is not last[0]:
+            last = t, method(t)
+        return last[1]
 
     return remembered
 

@@ -81,10 +81,7 @@ class Flow:
             raise InvalidInput(
                 f"chart={chart!r} needs a diffusion equation; {equation!r} has no process. Leave chart out"
             )
-        if equation.process is not None and equation.predict is not None:
-            equation, predict = copy.copy(equation), copy.copy(equation.predict)
-            equation.process = predict.process = remembering(predict.process)
-            equation.predict = predict
+        equation = one_answer(equation)
         bound = chart_of(task, chart).bind(equation.process) if equation.process and diffusion else None
         return Flow(equation, bound, task.start, task.stop, task.x.shape[1:], one_time)
 
@@ -135,6 +132,16 @@ class Flow:
             return torch.ones_like(u)
         A, S, _, _ = self.chart.coefficients(u)
         return self.reach / torch.hypot(self.scale * A, S)
+
+
+def one_answer(equation: Equation) -> Equation:
+    """The same equation, whose process (`remembering`) is asked once for what a step needs several times."""
+    if equation.process is None or equation.predict is None:
+        return equation
+    equation, predict = copy.copy(equation), copy.copy(equation.predict)
+    equation.process = predict.process = remembering(predict.process)
+    equation.predict = predict
+    return equation
 
 
 class Attempt(NamedTuple):

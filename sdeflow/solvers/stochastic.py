@@ -177,18 +177,20 @@ class PathStepper(NoDense):
         self.error = self.previous
 
     def attempt(self, u: Tensor, z: Tensor, step: Tensor, end: Tensor, allowed: Tensor) -> Attempt:
+        here = self.clock.place(u)
         W, H = (v.flatten(1).to(z.dtype) for v in self.path.increment(u, end))
         ahead, found = self.solver.take(self.clock, u, step, z, W, H)
         assert found is not None
+        there = self.clock.place(end)
         # Local errors add up as squares, so each step may make its share of the square; where errors are forgotten at a rate μ as much as
         # is forgotten meanwhile, 1 − e^{−2μh}, may be made anew
-        part = ((self.clock.pace(end) - self.clock.pace(u)) / self.span).abs()
+        part = ((there.pace - here.pace) / self.span).abs()
         share = part.maximum(-torch.expm1(2.0 * found.growth)).sqrt()
         # the error is made by the step's end
-        late = (self.clock.carry(u) / self.clock.carry(end)).clamp_max(1.0)
+        late = (here.carry / there.carry).clamp_max(1.0)
         # errors are forgotten by steps that resolve the forgetting alone
-        unstable = torch.where(found.rate > 1.0, self.clock.kept(u), 1.0)
-        self.error = found.error / (allowed * late * unstable).minimum(self.clock.small(u)).mul(share)
+        unstable = torch.where(found.rate > 1.0, here.kept, 1.0)
+        self.error = found.error / (allowed * late * unstable).minimum(here.small).mul(share)
         bounded = self.error.clamp(1e-6, 1e6)
         grow = self.safety * bounded ** -(self.integral + self.proportional) * self.previous**self.proportional
         # with the share the estimate goes as h^{5/3}
@@ -222,11 +224,11 @@ class AdditiveMethod(PathSolver):
         self, clock: Clock, u: Tensor, h: Tensor, z: Tensor, W: Tensor, H: Tensor
     ) -> tuple[Tensor, Estimate | None]:
         tableau, hz = self.tableau, expand(h, z)
-        g = [clock.noise(u + d * h, z) for d in tableau.d]
+        g = [clock.noise(u + d * h if d else u, z) for d in tableau.d]
         places, f = [], []
         for c, a, p, q in zip(tableau.c, tableau.a, tableau.p, tableau.q, strict=True):
             places.append(z + _drift(hz, a, f) + _noise(g, p, q, W, H))
-            f.append(clock.rhs(u + c * h, places[-1]))
+            f.append(clock.rhs(u + c * h if c else u, places[-1]))
         ahead = z + _drift(hz, tableau.alpha, f) + _noise(g, tableau.v, tableau.w, W, H)
         if not self.adaptive:
             return ahead, None

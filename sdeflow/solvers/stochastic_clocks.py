@@ -16,8 +16,10 @@ stochastic localisation, dv = D ds + dB_s in s = (α/σ)²; the finite c keeps t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +27,9 @@ from torch import Tensor
 from sdeflow.charts import Chart
 from sdeflow.errors import InvalidInput
 from sdeflow.processes import Process, as_time, expand
+from sdeflow.processes.base import last_answer
 from sdeflow.solvers.base import Task
-from sdeflow.solvers.control import Flow
+from sdeflow.solvers.control import Flow, one_answer
 
 WIDE = 1.5
 """The longest axes of data of scale c, over c: an error made early grows by the square of that as against data without such axes."""
@@ -50,6 +53,22 @@ def rho_where(place: Tensor, low: float, high: float) -> Tensor:
     return capped / (1.0 - capped / high).clamp_min(0.0)
 
 
+class Place(NamedTuple):
+    """What reference data say of clock readings; all (n,).
+
+    Attributes:
+        pace: how far the solve has come: even in λ between scales that no data of this scale exceed, finite at both ends.
+        kept: what the noise to come leaves of an error in units of the state's standard deviation: (cos θ/cos θ_end)^{η²}.
+        carry: ∂x_end/∂z for Gaussian data, for which cos^{1+η²}θ·y is a martingale, y = x/α.
+        small: the largest error in z that counts as a small one, infinite where nothing is known of the data.
+    """
+
+    pace: Tensor
+    kept: Tensor
+    carry: Tensor
+    small: Tensor
+
+
 @dataclass(frozen=True)
 class Clock(Flow):
     """An SDE in its own time (chart None) or in a chart; states are flattened to (n, d)."""
@@ -62,6 +81,7 @@ class Clock(Flow):
             raise InvalidInput(
                 f"chart={chart!r} needs a diffusion equation; {equation!r} has no process. Leave chart out"
             )
+        equation = one_answer(equation)
         bound = None if chart is None or equation.process is None else chart.bind(equation.process)
         return Clock(equation, bound, task.start, task.stop, task.x.shape[1:])
 
@@ -69,7 +89,7 @@ class Clock(Flow):
         """f(u, z), (n, d); u 0-d or (n,)."""
         if self.chart is None:
             return super().rhs(u, z)
-        t, shaped = self.t(u), z.reshape(-1, *self.event)
+        t, shaped = self.when(u), z.reshape(-1, *self.event)
         p, q = self.chart.drift_weights(u, self.equation.eta)
         assert self.equation.predict is not None
         return self.equation.predict.combine(shaped / expand(self.chart.m(t), shaped), t, p, q).flatten(1)
@@ -94,13 +114,45 @@ class Clock(Flow):
         """The data's standard deviation, as far as it is known."""
         return 0.5 if self.chart is None else getattr(self.chart.chart, "c", 0.5)
 
-    def pace(self, u: Tensor) -> Tensor:
-        """How far the solve has come at u: even in λ between scales that no data of this scale exceed, finite at both ends."""
+    @cached_property
+    def place(self) -> Callable[[Tensor], Place]:
+        """The `Place` at u. That of the tensor asked for last is kept: a step asks several times where it begins."""
+        return last_answer(self._place)
+
+    @cached_property
+    def when(self) -> Callable[[Tensor], Tensor]:
+        """t(u); that of the tensor asked for last is kept."""
+        return last_answer(self.t)
+
+    def _place(self, u: Tensor) -> Place:
         process = self.equation.process
         if not self.known or process is None:
-            return u
-        alpha, sigma = process.coefficients(self.t(u))[:2]
-        return even(sigma, alpha, *self.between)
+            one = torch.ones_like(u)
+            return Place(u, one, one, torch.full_like(u, torch.inf))
+        t = self.when(u)
+        alpha, sigma, units = process.alpha(t), process.sigma(t), self.units(t)
+        over, cos = self._reference(alpha, sigma)
+        over_end, cos_end = self._at_end.to(u.device)
+        kept = ((cos / cos_end) ** (self.equation.eta**2)).clamp(LEAST, 1.0)
+        return Place(
+            pace=even(sigma, alpha, *self.between),
+            kept=kept,
+            carry=over / over_end * kept / units,
+            small=SMALL * units * torch.hypot(self.scale * alpha, sigma),
+        )
+
+    def _reference(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """cos θ/α and cos θ, c being that of the longest axes."""
+        c = WIDE * self.scale
+        hypotenuse = torch.hypot(c * alpha, sigma)
+        return c / hypotenuse, c * alpha / hypotenuse
+
+    @cached_property
+    def _at_end(self) -> Tensor:
+        """`_reference` at the stop, (2,)."""
+        process, end = self.equation.process, as_time(self.stop)
+        assert process is not None
+        return torch.stack(self._reference(process.alpha(end), process.sigma(end)))
 
     @property
     def between(self) -> tuple[float, float]:
@@ -110,7 +162,9 @@ class Clock(Flow):
     @cached_property
     def ends(self) -> tuple[float, float]:
         """`pace` at the start and the stop."""
-        first, last = (self.pace(self.u(torch.tensor(t, dtype=torch.float64))).item() for t in (self.start, self.stop))
+        first, last = (
+            self._place(self.u(torch.tensor(t, dtype=torch.float64))).pace.item() for t in (self.start, self.stop)
+        )
         return first, last
 
     def longest(self, u: Tensor) -> Tensor | None:
@@ -119,7 +173,7 @@ class Clock(Flow):
         if not self.known or process is None:
             return None
         first, last = self.ends
-        there = self.pace(u) + math.copysign(STRIDE, last - first)
+        there = self.place(u).pace + math.copysign(STRIDE, last - first)
         rho = rho_where(there.clamp(min(first, last), max(first, last)), *self.between)
         t = process.time_of_rho(rho).clamp(min(self.start, self.stop), max(self.start, self.stop))
         return (self.u(t) - u).abs()
@@ -128,36 +182,8 @@ class Clock(Flow):
         """z/x at t."""
         return torch.ones_like(t) if self.chart is None else self.chart.m(t)
 
-    def _reference(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """cos θ/α and cos θ at t, c being that of the longest axes."""
-        process, c = self.equation.process, WIDE * self.scale
-        assert process is not None
-        alpha, sigma = process.coefficients(t)[:2]
-        return c / torch.hypot(c * alpha, sigma), c * alpha / torch.hypot(c * alpha, sigma)
-
-    def kept(self, u: Tensor) -> Tensor:
-        """What the noise to come leaves of an error at u, in units of the state's standard deviation: (cos θ/cos θ_end)^{η²}."""
-        if not self.known:
-            return torch.ones_like(u)
-        end = as_time(self.stop, u.device)
-        share = self._reference(self.t(u))[1] / self._reference(end)[1]
-        return (share ** (self.equation.eta**2)).clamp(LEAST, 1.0)
-
-    def small(self, u: Tensor) -> Tensor:
-        """The largest error in z that counts as a small one, infinite where nothing is known of the data."""
-        process = self.equation.process
-        if not self.known or process is None:
-            return torch.full_like(u, torch.inf)
-        t = self.t(u)
-        alpha, sigma = process.coefficients(t)[:2]
-        return SMALL * self.units(t) * torch.hypot(self.scale * alpha, sigma)
-
     def carry(self, u: Tensor) -> Tensor:
-        """∂x_end/∂z for Gaussian data, for which cos^{1+η²}θ·y is a martingale, y = x/α."""
-        if not self.known:
-            return torch.ones_like(u)
-        t, end = self.t(u), as_time(self.stop, u.device)
-        return self._reference(t)[0] / self._reference(end)[0] * self.kept(u) / self.units(t)
+        return self.place(u).carry
 
 
 @dataclass(frozen=True)
@@ -173,8 +199,8 @@ class UnitNoise(Clock):
     @staticmethod
     def of(task: Task, c: float) -> UnitNoise:
         """The task's reverse SDE in this clock."""
-        clock = UnitNoise(task.equation, None, task.start, task.stop, task.x.shape[1:], c=c)
-        alpha, sigma = (v.item() for v in clock.process.coefficients(task.start)[:2])
+        clock = UnitNoise(one_answer(task.equation), None, task.start, task.stop, task.x.shape[1:], c=c)
+        alpha, sigma = clock.process.alpha(task.start).item(), clock.process.sigma(task.start).item()
         if not (alpha > 0 and sigma > 0):
             raise InvalidInput(
                 f"the solve starts at t={task.start}, where α = {alpha:g} and σ = {sigma:g}, and the reverse SDE needs both "
@@ -217,7 +243,7 @@ class UnitNoise(Clock):
         return z / expand(self._m(as_time(t, z.device)), z)
 
     def rhs(self, u: Tensor, z: Tensor) -> Tensor:
-        t, eta2 = self.t(u), self.equation.eta**2
+        t, eta2 = self.when(u), self.equation.eta**2
         cos, sin = self._angles(t)
         p = (1.0 + eta2) / (2.0 * eta2 * self.c**2) * cos ** (1.0 - eta2)
         assert self.equation.predict is not None
