@@ -63,8 +63,8 @@ class Adams(Solver):
             estimated error. Evaluations of both are counted.
         pece: evaluate again after correcting. Costs twice and, on the problems measured, gains less.
         control: on a `ReverseSDE` with η > 0, which error the tolerance is of: "weak", of the law, or "strong", of the path; see
-            `StochasticAdamsStepper`. There the chart is trigonometric, the order at most 3, and dense, error_estimate,
-            global_error and pece are not to be had.
+            `StochasticAdamsStepper`; "strong" is of order 1, so below 1e-2 take `sf.ExponentialShARK`. There the chart is trigonometric, the
+            order at most 3, and dense, error_estimate, global_error and pece are not to be had.
         global_error: solve every sample more and more tightly until two solves agree all along its path, so that no sample is
             lost to another mode: RMSE at the end 0.08 to 2.4 times the tolerance on problems where a plain solve has up to 95,
             for 2.0 to 6.5 times its evaluations. Brings an error estimate; keeps all steps meanwhile. Status NOT_CONVERGED where
