@@ -68,17 +68,20 @@ def integrate(solver: Adams, task: Task) -> Outcome:
             found.status = found.status.index_put((rows,), torch.full_like(rows, Status.NOT_CONVERGED))
             break
         factor, ratio = TIGHTER * factor, 1.0 / TIGHTER
-        before, after = after, solver.once(_part(task, rows), factor, dense=True)
+        before, after = after, solver.once(part(task, rows), factor, dense=True)
         arrived = (after.status == Status.SUCCESS).nonzero().flatten()
         dense.append((rows[arrived], arrived, after.dense))
-        _replace(found, rows, after, arrived)
+        put(found, rows, after, arrived)
     task.counter.restrict(None)
     found.dense = _joined(dense) if solver.dense else None
     return found
 
 
-def _part(task: Task, rows: Tensor) -> Task:
-    return replace(task, x=task.x[rows], counter=Part(task.counter, rows), progress=None)
+def part(task: Task, rows: Tensor) -> Task:
+    """The task for the samples `rows` alone, on their own paths."""
+    seeds = None if task.seeds is None else task.seeds[rows]
+    path = None if task.path is None else task.path.restrict(rows)
+    return replace(task, x=task.x[rows], seeds=seeds, path=path, counter=Part(task.counter, rows), progress=None)
 
 
 def _places(flow: Flow, task: Task) -> list[tuple[float, Tensor]]:
@@ -101,7 +104,7 @@ def _apart(flow: Flow, places: list[tuple[float, Tensor]], before: Outcome, some
     return gap, rms((after.x - before.x[some]).detach().flatten(1))
 
 
-def _replace(found: Outcome, rows: Tensor, by: Outcome, arrived: Tensor) -> None:
+def put(found: Outcome, rows: Tensor, by: Outcome, arrived: Tensor) -> None:
     """Write the results of a solve of some samples: the states of those that arrived."""
     for name in ("status", "accepted", "rejected"):
         setattr(found, name, getattr(found, name).index_put((rows,), getattr(by, name)))

@@ -7,7 +7,7 @@ redrawn, so the rejection leaves no bias.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from sdeflow.errors import InvalidInput
 from sdeflow.grids import Grid, InChart, Nodes, UniformTime
 from sdeflow.processes import expand
 from sdeflow.solution import Status
+from sdeflow.solvers import stochastic_global
 from sdeflow.solvers import stochastic_tableaux as tableaux
 from sdeflow.solvers.base import (
     Facts,
@@ -35,7 +36,7 @@ from sdeflow.solvers.base import (
     output_nodes,
 )
 from sdeflow.solvers.control import Attempt, Stepper, Trace, check_tolerances, drive, rms
-from sdeflow.solvers.stochastic_clocks import Clock, UnitNoise
+from sdeflow.solvers.stochastic_clocks import STRIDE, Clock, UnitNoise
 from sdeflow.solvers.stochastic_tableaux import AdditiveTableau
 
 
@@ -102,11 +103,13 @@ class PathSolver(Solver):
         """One step: (z⁺, its estimate or None), u and h 0-d or (n,), W and H as the path gives them, flattened."""
 
     def integrate(self, task: Task) -> Outcome:
-        clock, path = self.clock(task), path_of(task)
-        if self.adaptive:
-            stepper = PathStepper(self, clock, path)
-            return drive(clock, task, stepper, self.rtol or 0.0, self.atol or 0.0, self.max_steps)
-        return self._fixed(task, clock, path)
+        return self.once(task) if self.adaptive else self._fixed(task, self.clock(task), path_of(task))
+
+    def once(self, task: Task, looser: float = 1.0, stride: float = STRIDE) -> Outcome:
+        """One adaptive solve, with tolerances so many times as large and steps no longer than this in `Place.pace`."""
+        clock = replace(self.clock(task), stride=stride)
+        rtol, atol = looser * (self.rtol or 0.0), looser * (self.atol or 0.0)
+        return drive(clock, task, PathStepper(self, clock, path_of(task)), rtol, atol, self.max_steps)
 
     def rule(self, task: Task) -> Grid:
         """The grid of a solver that was given none."""
@@ -210,7 +213,24 @@ class AdditiveMethod(PathSolver):
     """A tableau for additive noise, in the equation's own time or in a chart (reverse SDEs)."""
 
     chart: Chart | None = None
+    global_error: bool = False
     tableau: ClassVar[AdditiveTableau]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.global_error and not self.adaptive:
+            name = type(self).__name__
+            also = (
+                f"write {name}(rtol=0.0, atol=1e-2, global_error=True)"
+                if self.controlled
+                else "it has none; leave it out"
+            )
+            raise InvalidInput(
+                f"{name}(global_error=True) solves more and more tightly, which needs tolerances: {also}"
+            )
+
+    def integrate(self, task: Task) -> Outcome:
+        return stochastic_global.integrate(self, task) if self.global_error else super().integrate(task)
 
     @property
     def facts(self) -> Facts:
@@ -299,6 +319,9 @@ class SRA1(AdditiveMethod):
             steps.
         max_steps: tries allowed a sample.
         chart: for reverse SDEs, the chart to work in; None for the equation's own time.
+        global_error: solve every sample more and more tightly on its path until two solves agree all along it, so that no sample beside
+            a border of two modes is lost to the wrong one. Brings an error estimate. Status NOT_CONVERGED where solves do not come
+            to agree. See `sdeflow.solvers.stochastic_global`.
     """
 
     tableau: ClassVar[AdditiveTableau] = tableaux.SRA1

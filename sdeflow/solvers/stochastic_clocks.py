@@ -73,6 +73,8 @@ class Place(NamedTuple):
 class Clock(Flow):
     """An SDE in its own time (chart None) or in a chart; states are flattened to (n, d)."""
 
+    stride: float = STRIDE
+
     @staticmethod
     def plain(task: Task, chart: Chart | None) -> Clock:
         """The task's SDE in t, or in a chart's clock."""
@@ -168,12 +170,12 @@ class Clock(Flow):
         return first, last
 
     def longest(self, u: Tensor) -> Tensor | None:
-        """The step from u, (n,), over which `pace` changes by STRIDE; None where nothing is known of the data."""
+        """The step from u, (n,), over which `pace` changes by `stride`; None where nothing is known of the data."""
         process = self.equation.process
         if not self.known or process is None:
             return None
         first, last = self.ends
-        there = self.place(u).pace + math.copysign(STRIDE, last - first)
+        there = self.place(u).pace + math.copysign(self.stride, last - first)
         rho = rho_where(there.clamp(min(first, last), max(first, last)), *self.between)
         t = process.time_of_rho(rho).clamp(min(self.start, self.stop), max(self.start, self.stop))
         return (self.u(t) - u).abs()
