@@ -330,12 +330,15 @@ def integrate_noisy(solver: Adams, task: Task) -> Outcome:
     Raises:
         InvalidInput: the equation is no reverse SDE, or a setting makes no sense with noise.
     """
-    for setting in ("pece", "dense", "error_estimate", "global_error"):
+    instead = {
+        "pece": "",
+        "dense": ", and name the times with solve(..., save_at=[...])",
+        "error_estimate": ", or take sf.ExponentialShARK(rtol=..., atol=..., global_error=True), which brings one",
+        "global_error": ", or take sf.ExponentialShARK(rtol=..., atol=..., global_error=True)",
+    }
+    for setting, write in instead.items():
         if getattr(solver, setting):
-            raise InvalidInput(
-                f"Adams({setting}=True) is for ODEs; leave it out"
-                + (", and name the times with solve(..., save_at=[...])" if setting == "dense" else "")
-            )
+            raise InvalidInput(f"Adams({setting}=True) is for ODEs; leave it out{write}")
     flow = DataFlow.data(task, solver.chart, solver.coupled)
     stepper = StochasticAdamsStepper(flow, path_of(task), solver.max_order, solver.control)
     return drive(flow, task, stepper, solver.rtol, solver.atol, solver.max_steps, solver.coupled)

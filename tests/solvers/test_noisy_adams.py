@@ -151,6 +151,7 @@ def test_saved_states_and_one_step_for_all():
         (sf.Adams(dense=True), None, "save_at"),
         (sf.Adams(pece=True), None, "for ODEs"),
         (sf.Adams(error_estimate=True), None, "for ODEs"),
+        (sf.Adams(global_error=True), None, r"for ODEs.*ExponentialShARK\(.*global_error=True"),
         (sf.Adams(chart=sf.LogSNR()), None, "trigonometric"),
         (sf.Adams(), sf.Equation(lambda t, x: -x, lambda t, x: 1.0, noise="additive", start=0.0, stop=1.0), "ShARK"),
     ],
