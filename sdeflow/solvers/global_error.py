@@ -49,18 +49,51 @@ def integrate(solver: Adams, task: Task) -> Outcome:
     """
     flow = Flow.of(task, solver.chart)
     places = _places(flow, task)
+
+    def solve(task: Task, looser: float) -> Outcome:
+        return solver.once(task, looser, dense=True)
+
+    def apart(before: Outcome, some: Tensor, after: Outcome) -> tuple[Tensor, Tensor]:
+        return _apart(flow, places, before, some, after)
+
+    found, solves = refined(
+        task, solver.rtol, solver.atol, solve, apart, lambda ratio: ratio - 1.0, lambda ratio: AGREED
+    )
+    found.dense = _joined([(rows, arrived, by.dense) for rows, arrived, by in solves]) if solver.dense else None
+    return found
+
+
+def refined(
+    task: Task,
+    rtol: float,
+    atol: float,
+    solve: Callable[[Task, float], Outcome],
+    apart: Callable[[Outcome, Tensor, Outcome], tuple[Tensor, Tensor]],
+    size: Callable[[float], float],
+    limit: Callable[[float], float],
+) -> tuple[Outcome, list[tuple[Tensor, Tensor, Outcome]]]:
+    """Solve more and more tightly the samples whose last two solves do not agree.
+
+    Args:
+        rtol, atol: the tolerance T.
+        solve: (task, looser) → its outcome with tolerances so many times as large.
+        apart: (before, some, after) → how far the samples `some` of a solve are from those of the next along the path, and at the end.
+        size: ratio of the two tolerances → the end's difference over the better one's error.
+        limit: that ratio → over T, how far apart two solves that agree may be.
+
+    Returns:
+        The outcome, and (rows of the task, which of the solve's samples arrived, the solve) of the second and all later ones.
+    """
     rows = torch.arange(task.batch, device=task.x.device)
-    before = solver.once(replace(task, save_at=None, progress=None), FIRST, dense=True)
-    after = solver.once(task, SECOND, dense=True)
+    before, after = solve(replace(task, save_at=None, progress=None), FIRST), solve(task, SECOND)
     found = replace(after)  # a copy: `after` is still to be compared with
-    dense = [(rows, rows, after.dense)]
-    some, factor, ratio = rows, SECOND, FIRST / SECOND
+    solves, some, factor, ratio = [(rows, rows, after)], rows, SECOND, FIRST / SECOND
     found.error_estimate = torch.zeros_like(found.status, dtype=torch.float64)
     for turn in range(2, ROUNDS + 1):
-        gap, end = _apart(flow, places, before, some, after)
-        found.error_estimate = found.error_estimate.index_put((rows,), end / (ratio - 1.0))
-        allowed = solver.atol + solver.rtol * rms(after.x.detach().flatten(1))
-        some = (~(gap <= AGREED * allowed) & (after.status == Status.SUCCESS)).nonzero().flatten()
+        gap, end = apart(before, some, after)
+        found.error_estimate = found.error_estimate.index_put((rows,), end / size(ratio))
+        allowed = limit(ratio) * (atol + rtol * rms(after.x.detach().flatten(1)))
+        some = (~(gap <= allowed) & (after.status == Status.SUCCESS)).nonzero().flatten()
         if not some.numel():
             break
         rows = rows[some]
@@ -68,16 +101,15 @@ def integrate(solver: Adams, task: Task) -> Outcome:
             found.status = found.status.index_put((rows,), torch.full_like(rows, Status.NOT_CONVERGED))
             break
         factor, ratio = TIGHTER * factor, 1.0 / TIGHTER
-        before, after = after, solver.once(part(task, rows), factor, dense=True)
+        before, after = after, solve(_part(task, rows), factor)
         arrived = (after.status == Status.SUCCESS).nonzero().flatten()
-        dense.append((rows[arrived], arrived, after.dense))
-        put(found, rows, after, arrived)
+        solves.append((rows[arrived], arrived, after))
+        _replace(found, rows, after, arrived)
     task.counter.restrict(None)
-    found.dense = _joined(dense) if solver.dense else None
-    return found
+    return found, solves
 
 
-def part(task: Task, rows: Tensor) -> Task:
+def _part(task: Task, rows: Tensor) -> Task:
     """The task for the samples `rows` alone, on their own paths."""
     seeds = None if task.seeds is None else task.seeds[rows]
     path = None if task.path is None else task.path.restrict(rows)
@@ -104,7 +136,7 @@ def _apart(flow: Flow, places: list[tuple[float, Tensor]], before: Outcome, some
     return gap, rms((after.x - before.x[some]).detach().flatten(1))
 
 
-def put(found: Outcome, rows: Tensor, by: Outcome, arrived: Tensor) -> None:
+def _replace(found: Outcome, rows: Tensor, by: Outcome, arrived: Tensor) -> None:
     """Write the results of a solve of some samples: the states of those that arrived."""
     for name in ("status", "accepted", "rejected"):
         setattr(found, name, getattr(found, name).index_put((rows,), getattr(by, name)))

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sdeflow.solution import Status
 from sdeflow.solvers.base import Outcome, Task, merge, output_nodes
 from sdeflow.solvers.control import rms
-from sdeflow.solvers.global_error import AGREED, FIRST, ROUNDS, SECOND, TIGHTER, part, put
+from sdeflow.solvers.global_error import AGREED, FIRST, refined
 from sdeflow.solvers.stochastic_clocks import STRIDE, Clock, rho_where
 
 if TYPE_CHECKING:
@@ -54,27 +53,14 @@ def integrate(solver: AdditiveMethod, task: Task) -> Outcome:
         stride = STRIDE * (looser / FIRST) ** (2.0 / 3.0)
         return solver.once(replace(task, save_at=shown), looser, stride)
 
-    rows = torch.arange(task.batch, device=task.x.device)
-    before, after = solve(replace(task, progress=None), FIRST), solve(task, SECOND)
-    found, some, factor, ratio = replace(after), rows, SECOND, FIRST / SECOND
-    found.error_estimate = torch.zeros_like(found.status, dtype=torch.float64)
-    for turn in range(2, ROUNDS + 1):
-        gap, end = _apart(before, some, after, at, weight)
-        independent = math.sqrt(1.0 + ratio**2)
-        found.error_estimate = found.error_estimate.index_put((rows,), end / independent)
-        allowed = (solver.atol or 0.0) + (solver.rtol or 0.0) * rms(after.x.detach().flatten(1))
-        some = (~(gap <= AGREED * independent * allowed) & (after.status == Status.SUCCESS)).nonzero().flatten()
-        if not some.numel():
-            break
-        rows = rows[some]
-        if turn == ROUNDS:
-            found.status = found.status.index_put((rows,), torch.full_like(rows, Status.NOT_CONVERGED))
-            break
-        factor, ratio = TIGHTER * factor, 1.0 / TIGHTER
-        before, after = after, solve(part(task, rows), factor)
-        arrived = (after.status == Status.SUCCESS).nonzero().flatten()
-        put(found, rows, after, arrived)
-    task.counter.restrict(None)
+    def size(ratio: float) -> float:
+        return math.sqrt(1.0 + ratio**2)
+
+    def apart(before: Outcome, some: Tensor, after: Outcome) -> tuple[Tensor, Tensor]:
+        return _apart(before, some, after, at, weight)
+
+    rtol, atol = solver.rtol or 0.0, solver.atol or 0.0
+    found, _ = refined(task, rtol, atol, solve, apart, size, lambda ratio: AGREED * size(ratio))
     assert found.states is not None
     found.states = None if task.save_at is None else found.states[output_nodes(shown, task.save_at)]
     return found
