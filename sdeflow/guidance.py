@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.errors import InvalidInput, finite
-from sdeflow.networks import Conditioned, rows_of
+from sdeflow.networks import Conditioned, pullback, rows_of
 from sdeflow.predictions import Prediction, VPrediction
 from sdeflow.processes import Time, as_time, expand
 
@@ -176,16 +176,17 @@ class ClassifierGuidance(Guided):
         """∇ₓ log p(y | x) at time t, shaped as x."""
         times = t.expand(x.shape[0])
 
-        def total(x: Tensor) -> Tensor:
+        def values_at(x: Tensor) -> Tensor:
             values = self.log_prob(x, times)
             if values.shape != (x.shape[0],):
                 raise InvalidInput(
                     f"log_prob returned shape {tuple(values.shape)} for a batch of {x.shape[0]}; it must return one "
                     "number a sample, (batch,)"
                 )
-            return values.sum()
+            return values
 
-        return torch.func.grad(total)(x)
+        values, pull = pullback(values_at, x)
+        return pull(torch.ones_like(values))
 
 
 class Inpaint(Guided):

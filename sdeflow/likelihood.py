@@ -24,7 +24,7 @@ from torch import Tensor
 from sdeflow.charts import Chart, chart_for
 from sdeflow.equations import Equation, ProbabilityFlowODE
 from sdeflow.errors import InvalidInput
-from sdeflow.networks import rows_of
+from sdeflow.networks import pullback, rows_of
 from sdeflow.predictions import Prediction
 from sdeflow.random import sample_seeds, standard_normal, uniform
 from sdeflow.solution import Solution
@@ -156,12 +156,12 @@ def value_and_divergence(
     One forward pass of F, whose rows must not depend on each other; d backward passes without probes (vᵀJ for the unit
     vectors v, each row's own element summed), k with them (vᵀJv).
     """
-    value, pull, *_ = torch.func.vjp(function, z)
+    value, pull = pullback(function, z)
     d = z[0].numel()
 
     def one(v: Tensor) -> Tensor:
         v = v.expand_as(z)
-        return (pull(v)[0] * v).flatten(1).sum(1)
+        return (pull(v) * v).flatten(1).sum(1)
 
     stack = (
         torch.eye(d, dtype=z.dtype, device=z.device).reshape(d, 1, *z.shape[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,3 +100,29 @@ def rows_of(value: Any, x: Tensor, name: str) -> Any:
             "all"
         )
     return value
+
+
+def pullback(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(y, v ↦ vᵀ ∂y/∂x) for y = function(x), v shaped as y; differentiable itself where gradients are on.
+
+    By torch.func, or, where the function holds what torch.func refuses (activation checkpoints, autograd functions without
+    `setup_context`), by plain autograd, which takes everything that can be trained but does not work in inference mode.
+    """
+    tracked = torch.is_grad_enabled()
+    try:
+        value, pull, *_ = torch.func.vjp(function, x)
+        return value, lambda v: pull(v)[0]
+    except RuntimeError:
+        if torch.is_inference_mode_enabled():
+            raise
+    with torch.enable_grad():
+        x = x if tracked and x.requires_grad else x.detach().requires_grad_()
+        value = function(x)
+
+    def pull_back(v: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(
+            value, x, v, retain_graph=True, create_graph=tracked, allow_unused=True, materialize_grads=True
+        )
+        return found
+
+    return (value if tracked else value.detach()), pull_back

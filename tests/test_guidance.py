@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import sdeflow as sf
 from sdeflow.counting import Counter, counting
@@ -142,6 +143,16 @@ def test_classifier_guidance_of_strength_one_is_the_conditional_score(kind):
     strong = sf.ClassifierGuidance(free, log_posterior(3), scale=4.0).score(x, T)
     null = RING.score(x, VP, T)
     torch.testing.assert_close(strong, null + 4.0 * (RING.conditional(3).score(x, VP, T) - null), rtol=1e-7, atol=1e-7)
+
+
+def test_classifiers_may_hold_checkpoints():
+    log_prob, x = log_posterior(3), state()
+
+    def checkpointed(x, t):
+        return torch.utils.checkpoint.checkpoint(log_prob, x, t, use_reentrant=False)
+
+    plain, other = (sf.ClassifierGuidance(RING.prediction(VP), p) for p in (log_prob, checkpointed))
+    torch.testing.assert_close(other.score(x, T), plain.score(x, T))
 
 
 def test_classifier_guidance_at_no_data_and_outside_its_interval_adds_nothing():

@@ -283,3 +283,42 @@ def test_fields_whose_backward_cannot_be_mapped_are_worked_off_one_by_one():
     jacobian = torch.stack([torch.autograd.functional.jacobian(lambda r: net(r[None])[0], row) for row in z])
     _, trace = value_and_divergence(net, z)
     torch.testing.assert_close(trace[:, 0], jacobian.reshape(3, 9, 9).diagonal(dim1=1, dim2=2).sum(1))
+
+
+class Tanh(torch.autograd.Function):
+    """As many networks have them: without `setup_context`, which torch.func needs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, v):
+        (x,) = ctx.saved_tensors
+        return v * (1.0 - x.tanh() ** 2)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("kind", ["exact", "rademacher"])
+@pytest.mark.parametrize("part", ["checkpoint", "function"])
+def test_likelihood_of_networks_that_torch_func_refuses(part, kind, gradients):
+    network, settings = small_network(), {"divergence": kind, "gradients": gradients, "seed": 3}
+    x, solver = RING.sample(3, dtype=torch.float64), RK4(steps=5)
+    plain = sf.log_likelihood(sf.VPrediction(network, VP), x, solver, **settings)
+    if part == "checkpoint":
+        other = sf.log_likelihood(sf.VPrediction(sf.Checkpointed(network), VP), x, solver, **settings)
+    else:
+        layers = network.net
+
+        def odd(x, t):
+            return layers[2](Tanh.apply(layers[0](torch.cat([x, t[:, None]], 1))))
+
+        other = sf.log_likelihood(sf.VPrediction(odd, VP), x, solver, **settings)
+    torch.testing.assert_close(other.log_prob, plain.log_prob)
+    assert other.solution.evaluations.tolist() == plain.solution.evaluations.tolist() == [20] * 3
+    assert other.log_prob.requires_grad == gradients
+    if gradients:
+        weights = [p for p in network.parameters() if p.ndim == 2]
+        for a, b in zip(*(torch.autograd.grad(f.log_prob.sum(), weights) for f in (other, plain)), strict=True):
+            torch.testing.assert_close(a, b)
