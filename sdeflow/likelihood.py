@@ -43,7 +43,7 @@ class Likelihood:
     """What `log_likelihood` found.
 
     Attributes:
-        log_prob: log p(x) in nats, (batch,).
+        log_prob: log p(x) in nats, (batch,); NaN for samples that did not reach the noise end.
         standard_error: of `log_prob`, from the spread of the probes, (batch,); zeros for the exact divergence, NaN for a
             single probe, which shows no spread.
         latent: the state at the noise end, shaped as x.
@@ -116,6 +116,10 @@ def log_likelihood(
     process = predict.process
     start = process.t_min if start is None else float(start)
     stop = process.t_max if stop is None else float(stop)
+    if not start < stop:
+        raise InvalidInput(
+            f"start is the data end and stop the noise end, so start < stop; got start={start:g} and stop={stop:g}"
+        )
     bound, d, batch = (chart or chart_for(predict, start, stop)).bind(process), x[0].numel(), x.shape[0]
     vectors = _probes(divergence, probes, seed, x)
     columns = 1 if vectors is None else probes
@@ -137,6 +141,14 @@ def log_likelihood(
     latent = bound.from_chart(stop, solution.x[:, :d].reshape(x.shape))
     scale = d * (bound.m(start).log() - bound.m(stop).log()).item()
     end = process.prior_log_prob(latent) if prior is None else prior(latent)
+    if not isinstance(end, Tensor) or end.shape != (batch,):
+        got = f"shape {tuple(end.shape)}" if isinstance(end, Tensor) else type(end).__name__
+        raise InvalidInput(
+            f"prior returned {got} for a latent of shape {tuple(latent.shape)}; it must return one number a sample, "
+            f"({batch},): sum over the event, as in lambda z: normal.log_prob(z).flatten(1).sum(1)"
+        )
+    # what stopped on the way has a state and an integral, but no density
+    end = torch.where(solution.success, end, math.nan)
     estimates = solution.x[:, d:]
     spread = estimates.std(1) / math.sqrt(columns) if columns > 1 else torch.full_like(end, math.nan)
     return Likelihood(

@@ -224,6 +224,11 @@ def test_what_cannot_work_is_refused():
         sf.log_likelihood(lambda x, t: x, x, RK4(steps=2))
     with pytest.raises(sf.InvalidInput, match="floating"):
         sf.log_likelihood(predict, x.long(), RK4(steps=2))
+    with pytest.raises(sf.InvalidInput, match="start < stop"):
+        sf.log_likelihood(predict, x, RK4(steps=2), start=VP.t_max, stop=VP.t_min)
+    for prior in (lambda z: z[:, :1], lambda z: z.sum(), lambda z: 0.0):
+        with pytest.raises(sf.InvalidInput, match="one number a sample"):
+            sf.log_likelihood(predict, x, RK4(steps=2), prior=prior)
     with pytest.raises(sf.InvalidInput, match="width"):
         sf.bits_per_dim(x[:, 0], 2, width=0.0)
     with pytest.raises(sf.InvalidInput, match="level"):
@@ -283,6 +288,16 @@ def test_fields_whose_backward_cannot_be_mapped_are_worked_off_one_by_one():
     jacobian = torch.stack([torch.autograd.functional.jacobian(lambda r: net(r[None])[0], row) for row in z])
     _, trace = value_and_divergence(net, z)
     torch.testing.assert_close(trace[:, 0], jacobian.reshape(3, 9, 9).diagonal(dim1=1, dim2=2).sum(1))
+
+
+def test_samples_that_stop_on_the_way_have_no_density():
+    def network(x, t):
+        return torch.where(x[:, :1] > 0.0, torch.nan, x)
+
+    x = torch.tensor([[0.5, 0.5], [-0.5, 0.5]], dtype=torch.float64)
+    found = sf.log_likelihood(sf.DataPrediction(network, VP), x, RK4(steps=4), on_failure="return")
+    assert found.solution.success.tolist() == [False, True]
+    assert found.log_prob.isfinite().tolist() == [False, True]
 
 
 class Tanh(torch.autograd.Function):
