@@ -16,6 +16,7 @@ from torch import Tensor
 from sdeflow import counting
 from sdeflow.charts import BoundChart, Chart, PlainTime
 from sdeflow.errors import InvalidInput, finite
+from sdeflow.networks import trainable
 from sdeflow.predictions import Prediction, version_of
 from sdeflow.processes import Process, Time, as_time, expand
 
@@ -82,6 +83,10 @@ class Equation:
     def stochastic(self) -> bool:
         """True for an SDE."""
         return self.noise != "none"
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What wants a gradient in the prediction, or in a drift that is a module: what adjoints differentiate by."""
+        return trainable(getattr(self, "_drift", None) if self.predict is None else self.predict)
 
     def drift(self, t: Time, x: Tensor) -> Tensor:
         """drift(t, x), shaped as x (batch, *event); counted as one evaluation a sample unless predictions inside

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sdeflow.charts import Chart, chart_for
-from sdeflow.equations import Equation, ProbabilityFlowODE
+from sdeflow.equations import Equation, Field, ProbabilityFlowODE
 from sdeflow.errors import InvalidInput
 from sdeflow.networks import pullback, rows_of
 from sdeflow.predictions import Prediction
@@ -132,7 +132,7 @@ def log_likelihood(
 
     y = torch.cat([bound.to_chart(start, x).flatten(1), x.new_zeros(batch, columns)], 1)
     solution = solve(
-        Equation(drift, start=bound.u(start).item(), stop=bound.u(stop).item()),
+        _DensityFlow(drift, predict, bound.u(start).item(), bound.u(stop).item()),
         solver,
         y,
         gradients=gradients,
@@ -158,6 +158,17 @@ def log_likelihood(
         solution=solution,
         probes=columns,
     )
+
+
+class _DensityFlow(Equation):
+    """The ODE of state and integral, which has the prediction's parameters and none of its structure."""
+
+    def __init__(self, drift: Field, predict: Prediction, start: float, stop: float):
+        super().__init__(drift, start=start, stop=stop)
+        self._of = predict
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return self._of.parameters()
 
 
 def value_and_divergence(

@@ -102,6 +102,25 @@ def rows_of(value: Any, x: Tensor, name: str) -> Any:
     return value
 
 
+def trainable(*parts: Any) -> tuple[Tensor, ...]:
+    """The tensors that want a gradient in parts: of modules (and the conditions bound in them), of whatever else has
+    `parameters()`, in dicts, and tensors themselves; each once."""
+    found: dict[int, Tensor] = {}
+    for part in parts:
+        inside: tuple[Any, ...] = ()
+        if isinstance(part, Tensor):
+            inside = (part,)
+        elif isinstance(part, dict):
+            inside = trainable(*part.values())
+        elif callable(getattr(part, "parameters", None)) and not isinstance(part, type):
+            inside = tuple(part.parameters())
+            if isinstance(part, torch.nn.Module):
+                bound = (module.conditions for module in part.modules() if isinstance(module, Conditioned))
+                inside += trainable(*bound)
+        found |= {id(tensor): tensor for tensor in inside if tensor.requires_grad}
+    return tuple(found.values())
+
+
 def pullback(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(y, v ↦ vᵀ ∂y/∂x) for y = function(x), v shaped as y; differentiable itself where gradients are on.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdeflow import counting
 from sdeflow.errors import InvalidInput
+from sdeflow.networks import trainable
 from sdeflow.processes import Process, Time, as_time, expand
 
 Network = Callable[..., Tensor]
@@ -63,6 +64,10 @@ class Prediction(ABC):
     def __repr__(self) -> str:
         name = getattr(self.network, "__name__", type(self.network).__name__)
         return f"{type(self).__name__}({name}, {self.process!r})"
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What wants a gradient in the network, in predictions this one is made of, and among their settings."""
+        return trainable(*vars(self).values())
 
     @abstractmethod
     def linear(self, t: Tensor, p: Time, q: Time) -> tuple[Tensor, Tensor]:

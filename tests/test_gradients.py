@@ -71,6 +71,54 @@ def test_the_adjoint_gives_the_gradients_of_plain_autograd_for_weights_too():
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
+class WithCondition(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = torch.nn.Linear(2, 2).double()
+
+    def forward(self, x, t, c):
+        return torch.tanh(0.5 * self.layer(x) + c) * t[:, None]
+
+
+@pytest.mark.parametrize("backend", ["torchdiffeq", "torchsde"])
+def test_the_adjoint_leaves_no_part_of_a_guided_prediction_out(backend):
+    """Both networks, scales and conditions, though a wrapper shows one network alone."""
+    found = []
+    for adjoint in (False, True):
+        networks = WithCondition(0), WithCondition(1)
+        c = torch.tensor([[0.3, -0.2], [0.1, 0.7]], dtype=torch.float64, requires_grad=True)
+        scale = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        pair = [sf.VPrediction(sf.Conditioned(network, c=c), VP) for network in networks]
+        equation = sf.ReverseSDE(sf.ClassifierFree(*pair, scale=scale), eta=float(backend == "torchsde"))
+        solver = (
+            sf.TorchSDE("heun", steps=400, adjoint=adjoint)
+            if backend == "torchsde"
+            else sf.TorchDiffEq("dopri5", rtol=1e-9, atol=1e-9, adjoint=adjoint)
+        )
+        seed = 3 if backend == "torchsde" else None
+        end = sf.solve(equation, solver, start().detach(), start=0.9, stop=0.5, seed=seed, gradients=True).x
+        end.square().sum().backward()
+        wanted = [c, scale, *networks[0].parameters(), *networks[1].parameters()]
+        assert all(tensor.grad is not None for tensor in wanted)
+        found.append(torch.cat([tensor.grad.flatten() for tensor in wanted]))
+    assert found[0].abs().min() > 1e-4
+    bound = 1e-2 if backend == "torchsde" else 1e-5
+    torch.testing.assert_close(found[1], found[0], rtol=bound, atol=bound * found[0].abs().max().item())
+
+
+def test_the_adjoint_of_a_likelihood_reaches_the_weights():
+    found = []
+    for adjoint in (False, True):
+        network = Network()
+        solver = sf.TorchDiffEq("dopri5", rtol=1e-8, atol=1e-8, adjoint=adjoint)
+        x = start().detach()
+        sf.log_likelihood(sf.VPrediction(network, VP), x, solver, gradients=True).log_prob.sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def kept(solver: Solver, wrap=lambda n: n, eta: float = 0.0) -> int:
     """Bytes autograd keeps for the backward pass of one solve."""
     total = 0

@@ -103,18 +103,12 @@ def accept_nodes(solver: Any) -> None:
         object.__setattr__(solver, "steps", solver.grid.steps)
 
 
-# --- samples and parameters
+# --- samples
 
 
 def rows(mask: Tensor, x: Tensor) -> Tensor:
     """A (batch,) mask shaped to broadcast against x (batch, *event)."""
     return mask.reshape(-1, *(1,) * (x.ndim - 1))
-
-
-def parameters_of(task: Task) -> tuple[Tensor, ...]:
-    """The trainable parameters of the equation's network, or of a drift that is a module: what adjoints differentiate by."""
-    owner = getattr(task.equation.predict, "network", None) or getattr(task.equation, "_drift", None)
-    return tuple(p for p in owner.parameters() if p.requires_grad) if isinstance(owner, torch.nn.Module) else ()
 
 
 # --- the coordinates a solve happens in

@@ -31,7 +31,6 @@ from sdeflow.solvers.backends import (
     check_method,
     check_steps,
     check_tolerances,
-    parameters_of,
     rows,
 )
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, chart_of, finite_rows, merge
@@ -92,7 +91,8 @@ class TorchDiffEq(Solver):
         max_order: of the Adams methods, 4…11; their start keeps the global order at 4, more only lowers the constant.
         adjoint: with `solve(..., gradients=True)`, gradients by the adjoint ODE in constant memory; its calls happen
             in backward() and are not counted.
-        adjoint_params: parameters whose gradients the adjoint gives; default those of the network.
+        adjoint_params: parameters whose gradients the adjoint gives; default all that wants a
+            gradient in the prediction (networks, guidance, conditions) or in a drift that is a module.
 
     Raises:
         InvalidInput: unknown or refused method, settings of the other kind of method, adaptive half precision, an
@@ -204,7 +204,7 @@ class TorchDiffEq(Solver):
             # implicit_adams says that its iteration stopped at its limit: it then is a predictor-corrector of as many passes
             warnings.filterwarnings("ignore", message="Functional iteration did not converge")
             if self.adjoint and task.gradients:
-                params = parameters_of(task) if self.adjoint_params is None else self.adjoint_params
+                params = task.equation.parameters() if self.adjoint_params is None else self.adjoint_params
                 return torchdiffeq.odeint_adjoint(
                     watch, z, ts, **settings, adjoint_options=backward, adjoint_params=tuple(params)
                 )  # type: ignore[return-value]

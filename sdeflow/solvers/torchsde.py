@@ -36,7 +36,6 @@ from sdeflow.solvers.backends import (
     check_method,
     check_steps,
     check_tolerances,
-    parameters_of,
     rows,
 )
 from sdeflow.solvers.base import Facts, Outcome, Solver, Task, finite_rows, merge
@@ -112,7 +111,8 @@ class TorchSDE(Solver):
             that does not grow with their number; they converge to plain autograd's as the steps shrink. y is solved back
             from the outputs, which loses what the equation has forgotten: more `save_at` times hold it closer. The
             adjoint's calls happen in backward() and are not counted.
-        adjoint_params: parameters whose gradients the adjoint gives; default those of the network.
+        adjoint_params: parameters whose gradients the adjoint gives; default all that wants a
+            gradient in the prediction (networks, guidance, conditions) or in a drift that is a module.
 
     Where a solve begins at α = 0 (rectified flow at t = 1, tables whose last ᾱ is 0), the reverse SDE forgets its state at once:
     the first step is x = αD + σε, exact as long as D is constant; its error is O(α²).
@@ -313,7 +313,7 @@ class _Run:
 
     def _keep_ends(self, walk: Callable[[], None], adjoint: Adjoint, first: Tensor) -> None:
         """Walk without a graph; what is given out is differentiated by the adjoint."""
-        params = parameters_of(self.task) if self.solver.adjoint_params is None else self.solver.adjoint_params
+        params = self.task.equation.parameters() if self.solver.adjoint_params is None else self.solver.adjoint_params
         start, trace = self.y, Trace([first])
 
         def traced() -> Trace:
